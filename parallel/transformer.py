@@ -1,0 +1,193 @@
+"""The model: a pre-norm decoder, written for one device. It knows nothing of ranks.
+
+    tokens (B, T) -> embedding -> n_layers x [norm, attention, +, norm, SwiGLU, +] -> norm -> output -> logits (B, T, V)
+
+B sequences, T tokens, D = d_model, H query heads, K key/value heads, E = head_dim, F = d_ff, V = vocab_size.
+Shapes stand in comments at the line's end. The strategies split this model after the fact.
+"""
+
+import hashlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parallel.recipe import Model
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ, without bias. W is cast to x's type, so float32 weights can serve a bfloat16 computation."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Module):
+    """Row `token` of W, in the type of the computation."""
+
+    def __init__(self, vocab_size: int, d_model: int, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.compute_dtype = compute_dtype
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight).to(self.compute_dtype)  # (B, T, D)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · w (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, d_model: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+
+
+class Rotary(nn.Module):
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864), in the half-split layout of Llama.
+
+    `positions` are those of the tokens this model is given: 0 .. seq_len - 1, unless a strategy splits the sequence.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, shape: Model, seq_len: int) -> None:
+        super().__init__()
+        self.theta, self.head_dim = shape.rope_theta, shape.head_dim
+        self.positions = torch.arange(seq_len, device="cpu")
+        for name in ("cos", "sin"):
+            self.register_buffer(name, torch.empty(seq_len, shape.head_dim), persistent=False)
+
+    def reset_buffers(self) -> None:
+        """Computes the tables in float64 and stores them in the buffers' own type."""
+        frequencies = self.theta ** (-torch.arange(0, self.head_dim, 2, device="cpu").double() / self.head_dim)
+        angles = torch.outer(self.positions.double(), frequencies).repeat(1, 2)  # (T, E)
+        self.cos = angles.cos().to(self.cos)
+        self.sin = angles.sin().to(self.sin)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.cos.dtype)  # rotate in float32 at least, whatever the computation's type  # (B, T, H, E)
+        first, second = x.chunk(2, dim=-1)
+        rotated = torch.cat((-second, first), dim=-1)
+        return x * self.cos[: x.shape[1], None] + rotated * self.sin[: x.shape[1], None]
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √E + causal mask) v.  q (B, H, T, E), k and v (B, K, T, E) with H a multiple of K -> (B, H, T, E)"""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245)."""
+
+    def __init__(self, shape: Model) -> None:
+        super().__init__()
+        self.head_dim = shape.head_dim
+        self.q = Linear(shape.d_model, shape.n_heads * shape.head_dim)
+        self.k = Linear(shape.d_model, shape.n_kv_heads * shape.head_dim)
+        self.v = Linear(shape.d_model, shape.n_kv_heads * shape.head_dim)
+        self.out = Linear(shape.n_heads * shape.head_dim, shape.d_model)
+        self.attend = causal_attention  # context parallelism puts its own here
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q, self.k, self.v))  # (B, T, H|K, E)
+        q, k = rotary(q).to(v.dtype), rotary(k).to(v.dtype)
+        y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, H, T, E)
+        return self.out(y.transpose(1, 2).flatten(2))  # (B, T, D)
+
+
+class SwiGLU(nn.Module):
+    """(silu(x Gᵀ) ⊙ x Uᵀ) Dᵀ (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, shape: Model) -> None:
+        super().__init__()
+        self.gate = Linear(shape.d_model, shape.d_ff)
+        self.up = Linear(shape.d_model, shape.d_ff)
+        self.down = Linear(shape.d_ff, shape.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))  # (B, T, D)
+
+
+class Block(nn.Module):
+    def __init__(self, shape: Model) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(shape.d_model, shape.norm_eps)
+        self.attention = Attention(shape)
+        self.mlp_norm = RMSNorm(shape.d_model, shape.norm_eps)
+        self.mlp = SwiGLU(shape)
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary)
+        return x + self.mlp(self.mlp_norm(x))  # (B, T, D)
+
+
+class Transformer(nn.Module):
+    """The whole model. `forward` gives logits (B, T, V) in the computation's type.
+
+    A model may lack its embedding, some blocks, or its norm and output: a pipeline stage is the same class with fewer
+    parts, and takes or gives the residual stream (B, T, D) in place of tokens or logits.
+    """
+
+    embedding: Embedding | None
+    norm: RMSNorm | None
+    output: Linear | None
+
+    def __init__(self, shape: Model, *, seq_len: int, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.shape = shape
+        self.rotary = Rotary(shape, seq_len)
+        self.embedding = Embedding(shape.vocab_size, shape.d_model, compute_dtype)
+        self.blocks = nn.ModuleDict({str(layer): Block(shape) for layer in range(shape.n_layers)})
+        self.norm = RMSNorm(shape.d_model, shape.norm_eps)
+        self.output = Linear(shape.d_model, shape.vocab_size)
+        if shape.tied_embeddings:
+            self.output.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.embedding is not None:
+            x = self.embedding(x)  # (B, T) -> (B, T, D)
+        x = self.run_blocks(x)
+        if self.norm is not None and self.output is not None:
+            x = self.output(self.norm(x))  # (B, T, V)
+        return x
+
+    def run_blocks(self, x: Tensor) -> Tensor:
+        for block in self.blocks.values():
+            x = block(x, self.rotary)
+        return x
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum (not mean) over tokens of -log softmax(logits)[target], in float32 or better.
+
+    A sum, because sums of microbatches and of ranks add up to the loss of the global batch whatever their sizes.
+    logits (B, T, V), targets (B, T) -> scalar
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def initial_weight(name: str, shape: torch.Size, *, seed: int, n_layers: int, device: torch.device | str) -> Tensor:
+    """The whole initial value, in float32, of the parameter called `name`.
+
+    It depends on the seed and the name alone, so that every layout starts from the same numbers. Norms start at 1;
+    matrices are normal with deviation 0.02, those that write to the residual stream with 0.02/√(2·n_layers)
+    (GPT-2, Radford et al. 2019).
+    """
+    if name.endswith("norm.weight"):
+        return torch.ones(shape, device=device)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator(device=device).manual_seed(int.from_bytes(digest[:7]))
+    writes_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+    deviation = 0.02 / math.sqrt(2 * n_layers) if writes_residual else 0.02
+    return torch.empty(shape, device=device).normal_(0.0, deviation, generator=generator)

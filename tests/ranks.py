@@ -1,0 +1,113 @@
+"""Real gloo ranks for tests: processes that start once and then serve one test function after another.
+
+    results = ranks(4, function, *arguments)   # function(*arguments) runs on each rank; its returns, by rank
+
+`function` must be importable (top level of a test module). A rank that raises fails the test with its traceback; a
+test that hangs is ended after `timeout_seconds` with the stack of each rank.
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+
+def _serve(rank: int, calls: Connection, log: str) -> None:
+    # One file per rank for whatever native code prints, and for the stacks of a hang.
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, arguments, world_size, store, timeout_seconds = calls.recv()
+        except EOFError:
+            os._exit(0)
+        faulthandler.dump_traceback_later(timeout_seconds - 1, file=sys.stderr)
+        try:
+            dist.init_process_group(
+                "gloo",
+                store=dist.FileStore(store, world_size),
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=timeout_seconds),
+            )
+            answer = ("returned", function(*arguments))
+        except BaseException:
+            answer = ("raised", traceback.format_exc())
+        faulthandler.cancel_dump_traceback_later()
+        calls.send(answer)
+        if answer[0] == "returned":
+            dist.destroy_process_group()
+
+
+class Ranks:
+    """A pool of gloo ranks; calling it runs one function on the first `world_size` of them."""
+
+    def __init__(self) -> None:
+        self.workers: list[tuple[Any, Connection, str]] = []
+        self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        self.n_calls = 0
+
+    def __call__(
+        self, world_size: int, function: Callable[..., Any], *arguments: Any, timeout_seconds: float = 90
+    ) -> list[Any]:
+        self._grow(world_size)
+        self.n_calls += 1
+        store = str(Path(self.folder.name) / f"store-{self.n_calls}")
+        team = self.workers[:world_size]
+        for _, calls, _ in team:
+            calls.send((function, arguments, world_size, store, timeout_seconds))
+        answers: dict[int, tuple[str, Any]] = {}
+        deadline = time.monotonic() + timeout_seconds
+        waiting = {calls: rank for rank, (_, calls, _) in enumerate(team)}
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            for calls in wait(list(waiting), timeout=left):
+                assert isinstance(calls, Connection)
+                rank = waiting.pop(calls)
+                try:
+                    answers[rank] = calls.recv()
+                except EOFError:
+                    answers[rank] = ("raised", f"the process died\n{self._log_tail(rank)}")
+                if answers[rank][0] == "raised":  # its peers may wait for it for ever: give them 2 s to say why too
+                    deadline = min(deadline, time.monotonic() + 2)
+        failures = [f"rank {rank}: {what}" for rank, (kind, what) in sorted(answers.items()) if kind == "raised"]
+        if waiting and not failures:
+            failures = [f"rank {rank} hangs:\n{self._log_tail(rank)}" for rank in waiting.values()]
+        if failures:
+            self.close()
+            raise AssertionError("\n".join(failures))
+        return [answers[rank][1] for rank in range(world_size)]
+
+    def _grow(self, world_size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        while len(self.workers) < world_size:
+            rank = len(self.workers)
+            ours, theirs = context.Pipe()
+            log = str(Path(self.folder.name) / f"rank-{rank}-{time.monotonic_ns()}.log")
+            process = context.Process(target=_serve, args=(rank, theirs, log), daemon=True)
+            process.start()
+            theirs.close()
+            self.workers.append((process, ours, log))
+
+    def _log_tail(self, rank: int) -> str:
+        return Path(self.workers[rank][2]).read_text(errors="replace")[-6000:]
+
+    def close(self) -> None:
+        for process, calls, _ in self.workers:
+            process.kill()
+            process.join()
+            calls.close()
+        self.workers.clear()
