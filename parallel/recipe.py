@@ -50,12 +50,30 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# The keys of [data] that each source takes.
+DATA_KEYS: dict[str, tuple[str, ...]] = {
+    "stdlib": (),
+    "files": ("files",),
+    "tokens": ("path", "token_dtype"),
+    "huggingface": ("dataset", "split", "text_field", "tokenizer"),
+    "synthetic": (),
+}
+
+
 class RecipeError(ValueError):
     """A recipe or command line that cannot be run. Its text is one line: `key = value: what would be right`."""
 
     def __init__(self, key: str, value: Any, remedy: str) -> None:
-        shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
-        super().__init__(" ".join(f"{key} = {shown}: {remedy}".split()))
+        key = key if key.isprintable() and key.strip() and len(key) <= 100 else _shown(key)
+        super().__init__(" ".join(f"{key} = {_shown(value)}: {remedy}".split()))
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # tables nested a thousand deep, an integer of more than 4300 digits
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def option(
@@ -100,7 +118,7 @@ class Data:
         "stdlib",
         "stdlib: the Python standard library's own source, as bytes; files: text files as bytes; tokens: a binary"
         " file of token ids; huggingface: a dataset and a tokenizer; synthetic: random tokens, for pure speed",
-        choices=("stdlib", "files", "tokens", "huggingface", "synthetic"),
+        choices=tuple(DATA_KEYS),
     )
     files: tuple[str, ...] = option((), "text files or globs (source = files)")
     path: str = option("", "file of token ids (source = tokens)")
@@ -138,7 +156,9 @@ class Parallel:
     """[parallel]: ranks per mesh dimension; their product is the world size."""
 
     pp: int = option(1, "pipeline stages' ranks", minimum=1, maximum=2**20)
-    dp_replicate: int = option(1, "data-parallel replicas with whole weights (DDP; the outer part of HSDP)", minimum=1)
+    dp_replicate: int = option(
+        1, "data-parallel replicas with whole weights (DDP; the outer part of HSDP)", minimum=1, maximum=2**20
+    )
     dp_shard: int = option(1, "data-parallel ranks that share the weights (FSDP)", minimum=1, maximum=2**20)
     cp: int = option(1, "ranks that share a sequence", minimum=1, maximum=2**20)
     tp: int = option(1, "ranks that share each matrix", minimum=1, maximum=2**20)
@@ -182,9 +202,7 @@ class Pipeline:
     """[pipeline]: pipeline parallelism."""
 
     schedule: str = option("1f1b", "order of forward and backward of the microbatches", choices=SCHEDULES)
-    stages_per_rank: int = option(
-        0, "0: 1 for gpipe and 1f1b, 2 for every other schedule", minimum=0, maximum=10_000
-    )
+    stages_per_rank: int = option(0, "0: 1 for gpipe and 1f1b, 2 for every other schedule", minimum=0, maximum=10_000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +217,7 @@ class Recompute:
     @property
     def every(self) -> int:
         """n of every(n); 1 for full, 0 for the other modes."""
-        match = re.fullmatch(r"every\((\d{1,6})\)", self.mode)
+        match = re.fullmatch(r"every\(([0-9]{1,6})\)", self.mode)
         return int(match[1]) if match else int(self.mode == "full")
 
 
@@ -252,8 +270,9 @@ class Recipe:
         return self.parallel.pp * self.stages_per_rank
 
     def resolved(self) -> dict[str, Any]:
-        """The recipe with every default filled in, as plain JSON types."""
+        """The recipe with every default filled in, as plain JSON types; `recipe_from_tables` gives it back."""
         tables = dataclasses.asdict(self)
+        tables["data"] = {key: tables["data"][key] for key in ("source", *DATA_KEYS[self.data.source])}
         return {
             key: {k: list(v) if isinstance(v, tuple) else v for k, v in table.items()}
             if isinstance(table, dict)
@@ -290,13 +309,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The tables of a TOML file; RecipeError where it cannot be read or parsed."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte-order mark
     except FileNotFoundError:
         raise RecipeError("file", str(path), "does not exist; see recipes/ for those shipped") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError("file", str(path), f"cannot be read ({error}); give a TOML text file") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise RecipeError("file", str(path), f"is not valid TOML ({error or 'nested too deeply'})") from None
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a null byte in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RecipeError("file", str(path), f"cannot be read ({reason}); give a TOML text file") from None
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # a plain ValueError comes of an integer of 5,000 digits
+        raise RecipeError("file", str(path), f"is not valid TOML ({str(error)[:200]})") from None
 
 
 def apply_overrides(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -308,8 +330,8 @@ def apply_overrides(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict
         if not equals or not all(path) or len(path) > 2:
             raise RecipeError("--set", text, "write section.key=value, as in train.steps=5")
         try:
-            value = tomllib.loads(f"value = {value_text}")["value"]
-        except (tomllib.TOMLDecodeError, RecursionError):
+            [value] = tomllib.loads(f"value = {value_text}").values()
+        except (ValueError, RecursionError):
             value = value_text.strip()
         if len(path) == 1:
             merged[path[0]] = value
@@ -325,7 +347,8 @@ def recipe_from_tables(tables: Mapping[str, Any], *, default_name: str = "run") 
     """Validates parsed TOML. Raises RecipeError at the first thing that is wrong."""
     for key, value in tables.items():
         if key not in SECTIONS and key != "name":
-            raise RecipeError(key, value, "unknown section" + _did_you_mean(key, [*SECTIONS, "name"]))
+            kind = "section" if isinstance(value, dict) else "key"
+            raise RecipeError(key, value, f"unknown {kind}" + _did_you_mean(key, [*SECTIONS, "name"]))
     name = tables.get("name", default_name)
     check_name("name", name)
     given = dict(tables)
@@ -347,6 +370,9 @@ def check_name(key: str, name: Any) -> None:
 
 
 def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    for section, cls in SECTIONS.items():
+        if any(word == field.name for field in dataclasses.fields(cls)):
+            return f" here; it belongs in [{section}]"
     close = difflib.get_close_matches(str(word)[:100], known, n=1)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
 
@@ -391,27 +417,28 @@ def _read_value(key: str, value: Any, type_: Any, rule: Mapping[str, Any]) -> An
             if rule["choices"] and item not in rule["choices"]:
                 raise RecipeError(key, value, f"choose from {', '.join(rule['choices'])}")
         return tuple(value)
-    if type_ is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if abs(value) < 2**60 else math.inf
-    if type(value) is not type_:
-        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a string in quotes"}
-        raise RecipeError(key, value, f"give {wanted[type_]}")
+    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a string in quotes"}[type_]
+    if type(value) is not type_ and not (type_ is float and type(value) is int):
+        raise RecipeError(key, value, f"give {wanted}")
     if rule["choices"] and value not in rule["choices"]:
         raise RecipeError(key, value, f"choose {', '.join(rule['choices'])}")
     if type_ in (int, float):
-        if not math.isfinite(value) or value > rule["maximum"]:
-            raise RecipeError(key, value, f"give a finite number of at most {rule['maximum']:g}")
-        if rule["minimum"] is not None and value < rule["minimum"]:
-            raise RecipeError(key, value, f"give at least {rule['minimum']:g}")
+        if not value <= rule["maximum"]:  # so is NaN
+            raise RecipeError(key, value, f"give {wanted} of at most {rule['maximum']}")
+        if value < rule["minimum"]:
+            raise RecipeError(key, value, f"give {wanted} of at least {rule['minimum']}")
+        return type_(value)  # a whole number where a float is wanted
     return value
 
 
 # ---- what cannot be ------------------------------------------------------------------------------------------------
 
 
-def _must_divide(key: str, part: int, whole_key: str, whole: int) -> None:
+def _must_divide(key: str, part: int, whole_key: str, whole: int, *, fits_also: int = 0) -> None:
+    """`fits_also`: another number that the key must divide, so that the values offered do."""
     if whole % part:
-        fits = [n for n in range(1, min(whole, 64) + 1) if whole % n == 0]
+        common = math.gcd(whole, fits_also)
+        fits = [n for n in range(1, min(common, 64) + 1) if common % n == 0]
         raise RecipeError(key, part, f"does not divide {whole_key} = {whole}; use one of {', '.join(map(str, fits))}")
 
 
@@ -450,9 +477,10 @@ def _check_batch(recipe: Recipe) -> None:
 def _check_tensor_and_context(recipe: Recipe) -> None:
     model, parallel, seq_len = recipe.model, recipe.parallel, recipe.train.seq_len
     tp, cp = parallel.tp, parallel.cp
-    _must_divide("parallel.tp", tp, "model.n_heads", model.n_heads)
-    _must_divide("parallel.tp", tp, "model.n_kv_heads", model.n_kv_heads)
-    _must_divide("parallel.tp", tp, "model.d_ff", model.d_ff)
+    fits_all = math.gcd(model.n_kv_heads, model.d_ff)
+    _must_divide("parallel.tp", tp, "model.n_heads", model.n_heads, fits_also=fits_all)
+    _must_divide("parallel.tp", tp, "model.n_kv_heads", model.n_kv_heads, fits_also=fits_all)
+    _must_divide("parallel.tp", tp, "model.d_ff", model.d_ff, fits_also=fits_all)
     if tp > 1 and -(-model.vocab_size // tp) * (tp - 1) >= model.vocab_size:
         raise RecipeError(
             "model.vocab_size", model.vocab_size, f"leaves a rank of tp = {tp} without rows; use at least {tp * tp}"
@@ -507,6 +535,13 @@ def _check_pipeline(recipe: Recipe) -> None:
             f"is fewer than the {recipe.n_stages} stages (pp {pp} · stages_per_rank {recipe.stages_per_rank});"
             " use more layers or fewer stages",
         )
+    if recipe.train.compile != "none" and pipeline.schedule in SPLIT_BACKWARD_SCHEDULES:
+        raise RecipeError(
+            "train.compile",
+            recipe.train.compile,
+            f"{pipeline.schedule} cuts backward in two, which torch.compile cannot; set train.compile = none or take"
+            " another pipeline.schedule",
+        )
     if recipe.replica_batch % recipe.micro_batch:
         raise RecipeError(
             "train.micro_batch",
@@ -535,17 +570,20 @@ def _check_recompute(recipe: Recipe) -> None:
     mode = recipe.recompute.mode
     if mode not in ("none", "full", "sqrt", "selective") and not recipe.recompute.every:
         raise RecipeError("recompute.mode", mode, "choose none, full, every(n) with n of at least 1, sqrt or selective")
+    if recipe.recompute.every and recipe.train.compile != "none" and recipe.parallel.tp > 1:
+        raise RecipeError(
+            "train.compile",
+            recipe.train.compile,
+            f"with parallel.tp > 1 and recompute.mode = {mode} torch.compile fails (it saves a DeviceMesh as if it were"
+            " a tensor); set recompute.mode to selective or sqrt, or train.compile = none",
+        )
     if mode == "selective" and not recipe.recompute.save:
         raise RecipeError("recompute.save", [], "name at least one operation, or set recompute.mode = full")
 
 
 def _check_data(recipe: Recipe, given: Mapping[str, Any]) -> None:
     data = recipe.data
-    used = {
-        "files": ("files",),
-        "tokens": ("path", "token_dtype"),
-        "huggingface": ("dataset", "split", "text_field", "tokenizer"),
-    }.get(data.source, ())
+    used = DATA_KEYS[data.source]
     for key, value in given.items():
         if key != "source" and key not in used:
             raise RecipeError(f"data.{key}", value, f"has no meaning with data.source = {data.source}; remove it")
