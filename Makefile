@@ -1,0 +1,39 @@
+# Two commands do everything on a fresh machine: `make compare` and `make test`.
+# Each makes the virtual environment if there is none; a second call installs nothing.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# The first of these that is Python 3.11 or later.
+PYTHONS := python3 python3.13 python3.12 python3.11 python
+
+.PHONY: compare first-look test setup clean
+
+compare: setup  ## the main job: every strategy on one model, proven against one process
+	$(BIN)/lab compare recipes/compare/strategies.toml
+
+first-look: setup  ## the same with four strategies, in under a minute
+	$(BIN)/lab compare recipes/compare/first-look.toml
+
+test: setup  ## linters, types, and every test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@mkdir -p runs
+	$(BIN)/python -m pytest --junit-xml=runs/tests.xml
+	@echo "report: $(CURDIR)/runs/tests.xml"
+
+setup: $(INSTALLED)  ## the virtual environment alone
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@for python in $(PYTHONS); do \
+		if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi; python=; \
+	done; \
+	if [ -z "$$python" ]; then echo "parallel-lab needs Python 3.11 or later; none of: $(PYTHONS)" >&2; exit 1; fi; \
+	if [ ! -x $(BIN)/python ]; then echo "making $(VENV) with $$python"; $$python -m venv $(VENV); fi
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+clean:  ## remove the virtual environment; results under runs/ stay
+	rm -rf $(VENV)
