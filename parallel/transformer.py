@@ -82,7 +82,7 @@ class Rotary(nn.Module):
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √E + causal mask) v.  q (B, H, T, E), k and v (B, K, T, E) with H a multiple of K -> (B, H, T, E)"""
+    """softmax(q kᵀ / √E + causal mask) v.  q (B, H, T, E), k and v (B, K, T, E), H a multiple of K -> (B, H, T, E)"""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 

@@ -27,6 +27,7 @@ def _serve(rank: int, calls: Connection, log: str) -> None:
     os.dup2(descriptor, 2)
     import torch
     import torch.distributed as dist
+    from torch.distributed.tensor import debug
 
     torch.set_num_threads(1)
     while True:
@@ -50,6 +51,8 @@ def _serve(rank: int, calls: Connection, log: str) -> None:
         calls.send(answer)
         if answer[0] == "returned":
             dist.destroy_process_group()
+            # DTensor's caches remember meshes, and an equal mesh of the next test would get this one's dead groups.
+            debug._clear_sharding_prop_cache()
 
 
 class Ranks:
@@ -78,7 +81,7 @@ class Ranks:
                 rank = waiting.pop(calls)
                 try:
                     answers[rank] = calls.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     answers[rank] = ("raised", f"the process died\n{self._log_tail(rank)}")
                 if answers[rank][0] == "raised":  # its peers may wait for it for ever: give them 2 s to say why too
                     deadline = min(deadline, time.monotonic() + 2)
