@@ -1,0 +1,152 @@
+"""Parity: does a layout compute the gradients that one process would?
+
+Both sides compute in float64 whatever the recipe trains in, so that rounding cannot hide a wrong scale, a missing sum
+or a dropped token. Losses alone prove nothing: AdamW divides a gradient by its own size.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from parallel.mesh import local_part, slice_like, split_dim
+from parallel.recipe import Recipe
+from parallel.transformer import Transformer, cross_entropy, initial_weight
+
+TOLERANCE = 1e-10  # what float64 gives is near 1e-15
+MAX_REFERENCE_FLOPS = 2e12  # one step of one process in float64: some 20 s on one core
+
+
+@dataclasses.dataclass
+class Reference:
+    """What one process computes: the mean loss of the global batch and its gradient, by parameter name."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+
+
+def parity_recipe(recipe: Recipe) -> tuple[Recipe, str]:
+    """The recipe to prove `recipe` with, and what its reference is, in words.
+
+    In float64, else as it is. A model too large for one process keeps its layout, its heads and its microbatches, and
+    shrinks in width, depth, sequence and vocabulary.
+    """
+    train = dataclasses.replace(recipe.train, dtype="float64")
+    proof = dataclasses.replace(recipe, train=train)
+    model, parallel = recipe.model, recipe.parallel
+    per_layer = model.d_model * (4 * model.d_model + 3 * model.d_ff)  # as if all heads had keys and values
+    parameters = model.n_layers * per_layer + model.vocab_size * model.d_model
+    if 6 * parameters * train.global_batch * train.seq_len <= MAX_REFERENCE_FLOPS:
+        return proof, "one process, same model and batch"
+    layers = min(model.n_layers, recipe.n_stages + (model.n_layers % recipe.n_stages > 0))
+    positions = 2 * parallel.cp * parallel.tp
+    small_model = dataclasses.replace(
+        model,
+        preset="none",
+        n_layers=layers,
+        d_model=8 * model.n_heads,
+        d_ff=16 * parallel.tp,
+        vocab_size=min(model.vocab_size, 64 * parallel.tp + model.vocab_size % parallel.tp),
+    )
+    n_microbatches = min(recipe.n_microbatches, max(2 * parallel.pp, 2))
+    small_train = dataclasses.replace(
+        train,
+        seq_len=positions * max(1, math.ceil(16 / positions)),
+        global_batch=recipe.replicas * n_microbatches,
+        micro_batch=1,
+    )
+    data = dataclasses.replace(recipe.data, source="synthetic")
+    small = dataclasses.replace(recipe, model=small_model, train=small_train, data=data)
+    shape = f"{layers} layers, d_model {small_model.d_model}, seq_len {small_train.seq_len}"
+    return small, f"one process, same layout on a smaller model ({shape}): the whole is too large for one process"
+
+
+def reference_gradients(recipe: Recipe, tokens: Tensor, targets: Tensor) -> Reference:
+    """One process, one device, the whole global batch (int64, (global_batch, seq_len)), sequence by sequence."""
+    model = Transformer(recipe.model, seq_len=recipe.train.seq_len, compute_dtype=torch.float64).to(torch.float64)
+    model.to(tokens.device)
+    model.rotary.reset_buffers()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(
+                initial_weight(
+                    name,
+                    parameter.shape,
+                    seed=recipe.train.seed,
+                    n_layers=recipe.model.n_layers,
+                    device=parameter.device,
+                )
+            )
+    total = 0.0
+    for row in range(len(tokens)):
+        loss = cross_entropy(model(tokens[row : row + 1]), targets[row : row + 1]) / tokens.numel()
+        loss.backward()
+        total += loss.item()
+    return Reference(total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+
+
+def compare_with_reference(
+    parameters: list[tuple[str, nn.Parameter]], loss: float, reference: Reference | None, *, device: torch.device
+) -> dict[str, Any] | None:
+    """Compares every rank's gradients with rank 0's `reference` (None elsewhere).
+
+    parameters: this rank's, under their names in the whole model; each .grad holds the gradient of the mean loss.
+    Returns on rank 0 {max_rel_grad_diff, max_abs_loss_diff}; None elsewhere. The difference is infinite where a
+    parameter, or a part of one, has no gradient on any rank.
+    """
+    rank = dist.get_rank()
+    shapes = [{name: tuple(g.shape) for name, g in reference.gradients.items()} if reference else None]
+    dist.broadcast_object_list(shapes, src=0, device=device)
+    assert shapes[0] is not None
+    parts: dict[str, list[tuple[Any, int, float]]] = {}  # name -> (which part, its elements, ‖difference‖²)
+    for name, shape in shapes[0].items():
+        # One parameter at a time: no rank but the first ever holds the whole reference.
+        whole = reference.gradients[name] if reference else torch.empty(shape, dtype=torch.float64, device=device)
+        dist.broadcast(whole, src=0)
+        parts[name] = []
+        for parameter in (parameter for theirs, parameter in parameters if theirs == name):
+            if parameter.grad is not None:
+                difference = local_part(parameter.grad) - slice_like(whole, parameter)
+                parts[name].append((_which_part(parameter), difference.numel(), difference.square().sum().item()))
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (loss, parts))
+    if rank != 0 or reference is None:
+        return None
+    return {
+        "max_rel_grad_diff": max(
+            _relative_difference(gradient, [part for _, theirs in gathered for part in theirs.get(name, [])])
+            for name, gradient in reference.gradients.items()
+        ),
+        "max_abs_loss_diff": max(abs(theirs - reference.loss) for theirs, _ in gathered),
+    }
+
+
+def _which_part(parameter: nn.Parameter) -> tuple[tuple[str, int], ...]:
+    """The same on ranks that hold copies of the same part."""
+    if not isinstance(parameter, DTensor):
+        return ()
+    mesh = parameter.device_mesh
+    assert mesh.mesh_dim_names is not None
+    return tuple(
+        (name, mesh.get_local_rank(i))
+        for i, name in enumerate(mesh.mesh_dim_names)
+        if split_dim(parameter, i) is not None
+    )
+
+
+def _relative_difference(gradient: Tensor, parts: list[tuple[Any, int, float]]) -> float:
+    """‖g - g_ref‖₂ / ‖g_ref‖₂ of one parameter; of copies, the worst counts."""
+    worst: dict[Any, tuple[int, float]] = {}
+    for which, elements, square in parts:
+        if math.isnan(square):
+            return math.inf
+        worst[which] = (elements, max(square, worst.get(which, (0, 0.0))[1]))
+    if sum(elements for elements, _ in worst.values()) != gradient.numel():
+        return math.inf
+    size = gradient.norm().item()
+    difference = math.sqrt(sum(square for _, square in worst.values()))
+    return difference / size if size else (0.0 if difference == 0 else math.inf)

@@ -1,0 +1,223 @@
+"""Pipeline parallelism: each rank holds some layers, and microbatches flow through them.
+
+    stage 0: embedding, blocks ─ (B, T, D) ─> stage 1: blocks ─ (B, T, D) ─> last stage: blocks, norm, output, loss
+
+`split_pipeline` cuts the model into stages, each a Transformer with fewer parts; `PipelineStep` runs forward and
+backward of all microbatches in the order of one of torch.distributed.pipelining's schedules:
+
+    gpipe                    all forwards, then all backwards (Huang et al. 2019, arXiv:1811.06965)
+    1f1b                     one forward, one backward: fewer activations kept (Narayanan et al. 2021, arXiv:2104.04473)
+    interleaved-1f1b         several stages per rank: a smaller bubble, more traffic (the same paper)
+    looped-bfs               several stages per rank, breadth first (Lamy-Poirier 2022, arXiv:2211.05953)
+    interleaved-zero-bubble  the gradient of the weights is put off to fill the bubble (Qi et al. 2023, arXiv:2401.10241)
+    zbv                      the same on a V: a rank holds an early and a late stage (section 6 of that paper)
+    dualpipev                the V of DualPipe (DeepSeek-AI 2024, arXiv:2412.19437)
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleLoopedBFS,
+    ScheduleZBVZeroBubble,
+)
+from torch.distributed.tensor import DTensor
+
+from parallel.recipe import SINGLE_STAGE_SCHEDULES, V_SCHEDULES, Recipe
+from parallel.transformer import Transformer
+
+SCHEDULE_CLASSES: dict[str, Callable[..., Any]] = {
+    "gpipe": ScheduleGPipe,
+    "1f1b": Schedule1F1B,
+    "interleaved-1f1b": ScheduleInterleaved1F1B,
+    "looped-bfs": ScheduleLoopedBFS,
+    "interleaved-zero-bubble": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble,
+    "dualpipev": ScheduleDualPipeV,
+}
+
+
+def stage_layers(*, n_layers: int, n_stages: int) -> list[range]:
+    """The layers of each stage, in order; their numbers differ by at most one."""
+    least, n_larger = divmod(n_layers, n_stages)
+    assert least, "a stage without a layer; the recipe refuses this"
+    # The larger stages stand just before the last: the last also has the output projection, and the earliest keep
+    # the activations of the most microbatches.
+    sizes = [least + (n_stages - 1 - n_larger <= stage < n_stages - 1) for stage in range(n_stages)]
+    ends = [sum(sizes[: stage + 1]) for stage in range(n_stages)]
+    return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def stages_of_rank(*, pp: int, pp_rank: int, stages_per_rank: int, schedule: str) -> list[int]:
+    """The stages that a rank of the pipeline holds: r, r + pp, r + 2·pp, ..., or r and 2·pp - 1 - r on a V."""
+    if schedule in V_SCHEDULES:
+        return [pp_rank, 2 * pp - 1 - pp_rank]
+    return list(range(pp_rank, pp * stages_per_rank, pp))
+
+
+def split_pipeline(model: Transformer, *, recipe: Recipe, pp_rank: int) -> list[Transformer]:
+    """The stages of one rank, cut out of the whole `model` (on the meta device, and left as it is).
+
+    Each is a Transformer that lacks what other stages hold; parameters keep the names they have in the whole model.
+    With tied embeddings the first stage's embedding.weight and the last one's output.weight are two parameters that
+    must start equal (`weight_name`) and get the same gradient (`sum_tied_gradients`).
+    """
+    layers = stage_layers(n_layers=recipe.model.n_layers, n_stages=recipe.n_stages)
+    stages = []
+    for index in _stages_of_rank(recipe, pp_rank):
+        stage = copy.deepcopy(model)
+        stage.blocks = nn.ModuleDict({str(layer): stage.blocks[str(layer)] for layer in layers[index]})
+        if index > 0:
+            stage.embedding = None
+        if index < recipe.n_stages - 1:
+            stage.norm = stage.output = None
+        stages.append(stage)
+    return stages
+
+
+def _stages_of_rank(recipe: Recipe, pp_rank: int) -> list[int]:
+    return stages_of_rank(
+        pp=recipe.parallel.pp,
+        pp_rank=pp_rank,
+        stages_per_rank=recipe.stages_per_rank,
+        schedule=recipe.pipeline.schedule,
+    )
+
+
+class _Stage(PipelineStage):
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        # Called by torch 2.11 alone. In the corner of a V two neighbours share a rank, and gloo cannot send to itself.
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.peer != dist.get_rank()]
+
+
+class PipelineStep:
+    """Forward and backward of a whole step through the pipeline.
+
+        step = PipelineStep(stages, recipe=recipe, mesh=mesh["pp"], device=device, compute_dtype=dtype, loss=loss)
+        total = step(tokens, targets)
+
+    stages: this rank's, of `split_pipeline`, with the other strategies applied and the weights in place.
+    mesh: the one-dimensional mesh of the pipeline's ranks.
+    loss: logits and targets of a microbatch -> scalar, already divided by the number of tokens: microbatches are summed.
+    vocab_size: columns of this rank's logits, where they stay split for a vocabulary-parallel loss.
+    """
+
+    def __init__(
+        self,
+        stages: list[Transformer],
+        *,
+        recipe: Recipe,
+        mesh: DeviceMesh,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        vocab_size: int | None = None,
+    ) -> None:
+        schedule, n_stages = recipe.pipeline.schedule, recipe.n_stages
+        self.group, self.device = mesh.get_group(), device
+        indices = _stages_of_rank(recipe, mesh.get_local_rank())
+        assert len(indices) == len(stages)
+        self.has_first, self.has_last = 0 in indices, n_stages - 1 in indices
+        self.rank_of_last = 0 if schedule in V_SCHEDULES else recipe.parallel.pp - 1
+
+        # Shapes and types are told to torch, which would otherwise find them by an extra forward and backward.
+        def example(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
+
+        b, t, d = recipe.micro_batch, recipe.train.seq_len // recipe.parallel.cp, recipe.model.d_model
+        split_sequence = recipe.parallel.tp > 1 and recipe.tensor.sequence_parallel
+        t_hidden = t // recipe.parallel.tp if split_sequence else t
+        tokens = example(b, t, dtype=torch.int64)
+        hidden = example(b, t_hidden, d, dtype=compute_dtype)
+        logits = example(b, t, vocab_size or recipe.model.vocab_size, dtype=compute_dtype)
+        torch_stages = [
+            _Stage(
+                stage,
+                index,
+                n_stages,
+                device,
+                input_args=tokens if index == 0 else hidden,
+                output_args=logits if index == n_stages - 1 else hidden,
+                group=self.group,
+            )
+            for index, stage in zip(indices, stages, strict=True)
+        ]
+        self.schedule = SCHEDULE_CLASSES[schedule](
+            torch_stages[0] if schedule in SINGLE_STAGE_SCHEDULES else torch_stages,
+            recipe.n_microbatches,
+            loss_fn=loss,
+            scale_grads=False,
+        )
+
+    def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Runs all microbatches of `tokens` and `targets` (replica_batch, T), the same on each rank of the pipeline.
+
+        Gradients are added to .grad. Returns the sum of the microbatches' losses on every rank, in float64.
+        """
+        losses: list[Tensor] = []
+        self.schedule.step(
+            *((tokens.contiguous(),) if self.has_first else ()),
+            target=targets if self.has_last else None,
+            losses=losses,
+            return_outputs=False,
+        )
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for loss in losses:
+            total += loss.detach()
+        dist.broadcast(total, group=self.group, group_src=self.rank_of_last)
+        return total
+
+
+# ---- tied embeddings ----------------------------------------------------------------------------------------------
+
+
+def weight_name(name: str, *, recipe: Recipe) -> str:
+    """The name under which the initial value of parameter `name` is known: a tied output starts as the embedding."""
+    return "embedding.weight" if recipe.model.tied_embeddings and name == "output.weight" else name
+
+
+def tied_copies(stages: list[Transformer], *, recipe: Recipe) -> list[nn.Parameter]:
+    """Those of this rank's parameters that are the second copy of a weight: none of them counts in the gradient norm."""
+    if not recipe.model.tied_embeddings or recipe.n_stages == 1:
+        return []
+    return [stage.output.weight for stage in stages if stage.output is not None]
+
+
+def sum_tied_gradients(stages: list[Transformer], *, recipe: Recipe, mesh: DeviceMesh) -> None:
+    """Gives both copies of a tied embedding the sum of their gradients. After data-parallel ranks are reduced.
+
+    Nothing to do on the ranks that hold neither copy, or without tied embeddings.
+    """
+    if not recipe.model.tied_embeddings:
+        return
+    group, last = mesh.get_group(), mesh.size() - 1
+    mine = [_local_gradient(part.weight) for s in stages for part in (s.embedding, s.output) if part is not None]
+    if len(mine) == 2:  # a V: the first rank holds both
+        mine[0].add_(mine[1])
+        mine[1].copy_(mine[0])
+    elif len(mine) == 1 and mine[0].numel():
+        other = torch.empty_like(mine[0], memory_format=torch.contiguous_format)
+        peer = last - mesh.get_local_rank()  # 0 <-> last
+        sends = dist.P2POp(dist.isend, mine[0].contiguous(), group=group, group_peer=peer)
+        receives = dist.P2POp(dist.irecv, other, group=group, group_peer=peer)
+        for work in dist.batch_isend_irecv([sends, receives]):
+            work.wait()
+        mine[0].add_(other)
+
+
+def _local_gradient(weight: Tensor) -> Tensor:
+    gradient = weight.grad
+    assert gradient is not None
+    with torch.no_grad():
+        return gradient.to_local() if isinstance(gradient, DTensor) else gradient

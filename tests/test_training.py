@@ -1,0 +1,159 @@
+"""The loop: norms, clipping, optimizers, types and records, on real gloo ranks."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from layouts import CPU, batch_of, parity, small_recipe
+from ranks import Ranks
+
+from parallel.assemble import assemble
+from parallel.measure.parity import compare_with_reference, parity_recipe, reference_gradients
+from parallel.mesh import build_mesh
+from parallel.recipe import Recipe, recipe_from_tables
+from parallel.training import _train, rows_of_replica
+from parallel.transformer import Transformer, initial_weight
+
+LAYOUTS = {
+    "ddp": dict(parallel=dict(dp_replicate=2)),
+    "fsdp": dict(parallel=dict(dp_shard=2)),
+    "tp": dict(parallel=dict(tp=2)),
+    "tp without sp": dict(parallel=dict(tp=2), tensor=dict(sequence_parallel=False)),
+    "cp": dict(parallel=dict(cp=2)),
+    "pp, tied": dict(parallel=dict(pp=2), model=dict(tied_embeddings=True)),
+    "zbv, tied": dict(parallel=dict(pp=2), pipeline=dict(schedule="zbv"), model=dict(tied_embeddings=True)),
+    "hsdp·tp": dict(parallel=dict(dp_replicate=2, dp_shard=2, tp=2), model=dict(vocab_size=67)),
+    "pp·fsdp·tp": dict(parallel=dict(pp=2, dp_shard=2, tp=2)),
+    "pp·ddp·cp": dict(parallel=dict(pp=2, dp_replicate=2, cp=2)),
+}
+
+
+def run(recipe: Recipe, out: str) -> dict[str, Any] | None:
+    return _train(recipe, out=Path(out), device=CPU)
+
+
+def trained(ranks: Ranks, out: Path, sections: dict[str, Any], **train: Any) -> list[dict[str, Any]]:
+    """The steps of a run, after checking that its own parity proof passed."""
+    settings = dict(steps=3, learning_rate=1e-2, grad_clip=0.1, micro_batch=1) | train
+    recipe = small_recipe(**sections | {"train": settings})
+    record = ranks(recipe.world_size, run, recipe, str(out))[0]
+    assert record["status"] == "ok" and record["parity"]["passed"]
+    return record["steps"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_and_norms_stay_those_of_one_process(ranks: Ranks, tmp_path: Path, layout: str) -> None:
+    """With clipping at work, so a norm that misses a shard or counts one twice shows in the next step's loss."""
+    sections = LAYOUTS[layout]
+    steps = trained(ranks, tmp_path, sections)
+    alone = trained(ranks, tmp_path, {"model": sections.get("model", {})})
+    for key in ("loss", "grad_norm"):
+        assert [step[key] for step in steps] == pytest.approx([step[key] for step in alone], rel=1e-9)
+    assert steps[0]["grad_norm"] > 0.2  # clipping halves it at least
+
+
+def test_one_process_trains_as_a_plain_torch_loop(ranks: Ranks, tmp_path: Path) -> None:
+    recipe = small_recipe(train=dict(steps=3, learning_rate=1e-2, grad_clip=0.1))
+    model = Transformer(recipe.model, seq_len=16, compute_dtype=torch.float64).double()
+    model.rotary.reset_buffers()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial_weight(name, parameter.shape, seed=0, n_layers=4, device="cpu"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    steps = trained(ranks, tmp_path, {}, micro_batch=8)
+    for step in range(3):
+        tokens, targets = batch_of(recipe, range(8), step)
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        assert steps[step]["loss"] == pytest.approx(loss.item(), rel=1e-9)
+        assert steps[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("adamw", ["fused", "foreach", "for-loop"])
+@pytest.mark.parametrize("layout", ["tp", "tp without sp", "hsdp·tp"])
+def test_every_adamw_steps_alike(ranks: Ranks, tmp_path: Path, layout: str, adamw: str) -> None:
+    steps = trained(ranks, tmp_path, LAYOUTS[layout], adamw=adamw)
+    reference = trained(ranks, tmp_path, {"model": LAYOUTS[layout].get("model", {})}, adamw="for-loop")
+    assert steps[2]["loss"] == pytest.approx(reference[2]["loss"], rel=1e-9)
+
+
+def bfloat16_differences(recipe: Recipe) -> dict[str, Any] | None:
+    """bfloat16 gradients of this layout against one process in float64."""
+    mesh = build_mesh(recipe, "cpu")
+    reference = None
+    if mesh.get_rank() == 0:
+        exact = small_recipe(model=dict(tied_embeddings=recipe.model.tied_embeddings))
+        reference = reference_gradients(exact, *batch_of(recipe, range(recipe.train.global_batch)))
+    model = assemble(recipe, mesh=mesh, device=CPU)
+    model.zero_gradients()
+    loss = model.forward_backward(*batch_of(recipe, rows_of_replica(recipe, mesh))).item()
+    assert {parameter.dtype for _, parameter in model.named_parameters()} == {torch.float32}
+    for _, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.dtype == torch.float32
+    return compare_with_reference(model.named_parameters(), loss, reference, device=CPU)
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "tp", "tp without sp", "cp", "pp, tied", "zbv, tied", "pp·fsdp·tp"])
+def test_bfloat16_is_near_and_keeps_float32_weights_and_gradients(ranks: Ranks, layout: str) -> None:
+    sections = LAYOUTS[layout] | {"train": dict(micro_batch=1)}
+    recipe = small_recipe(dtype="bfloat16", **sections)
+    differences = ranks(recipe.world_size, bfloat16_differences, recipe)[0]
+    assert 1e-4 < differences["max_rel_grad_diff"] < 3e-2
+    assert differences["max_abs_loss_diff"] < 3e-2
+
+
+def test_float32_trains_to_the_same_losses(ranks: Ranks, tmp_path: Path) -> None:
+    steps = trained(ranks, tmp_path, LAYOUTS["hsdp·tp"], dtype="float32")
+    alone = trained(ranks, tmp_path, {"model": LAYOUTS["hsdp·tp"]["model"]}, dtype="float32")
+    assert [step["loss"] for step in steps] == pytest.approx([step["loss"] for step in alone], abs=1e-4)
+
+
+def test_batches_do_not_depend_on_the_layout() -> None:
+    recipe = small_recipe(train=dict(micro_batch=3))
+    whole, _ = batch_of(recipe, range(8), step=5)
+    parts = [batch_of(recipe, range(first, first + 2), step=5)[0] for first in range(0, 8, 2)]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+def test_a_large_model_is_proven_on_a_smaller_one(ranks: Ranks) -> None:
+    tables = dict(
+        model=dict(preset="llama3-70b"),
+        train=dict(seq_len=8192, global_batch=16, micro_batch=1, dtype="bfloat16"),
+        parallel=dict(pp=2, dp_shard=2, tp=2),
+        pipeline=dict(schedule="interleaved-1f1b"),
+    )
+    recipe = recipe_from_tables(tables)
+    proof, words = parity_recipe(recipe)
+    assert proof.parallel == recipe.parallel and proof.model.n_layers == 4 and "smaller model" in words
+    differences, _ = ranks(8, parity, proof)[0]
+    assert differences["max_rel_grad_diff"] <= 1e-10
+    same, words = parity_recipe(small_recipe(dtype="bfloat16"))
+    assert same == small_recipe() and words == "one process, same model and batch"
+
+
+def test_record_and_steps(ranks: Ranks, tmp_path: Path) -> None:
+    recipe = small_recipe(parallel=dict(dp_shard=2), train=dict(steps=5))
+    assert ranks(2, run, recipe, str(tmp_path))[1] is None  # rank 0 alone writes
+    record = json.loads((tmp_path / "record.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert record["steps"] == lines and [step["step"] for step in lines] == [1, 2, 3, 4, 5]
+    speed = record["throughput"]
+    assert speed["step_seconds"]["p10"] <= speed["step_seconds"]["median"] <= speed["step_seconds"]["p90"]
+    assert speed["tokens_per_s"] == pytest.approx(8 * 16 / speed["step_seconds"]["median"])
+    assert speed["tokens_per_s_per_rank"] == pytest.approx(speed["tokens_per_s"] / 2)
+    assert speed["cpu_seconds_per_step"] > 0
+    assert record["environment"]["backend"] == "gloo" and "synthetic" in record["environment"]["data"]
+    assert str(os.getcwd()) not in json.dumps(record)
+
+
+def test_too_few_steps_for_a_time_give_null(ranks: Ranks, tmp_path: Path) -> None:
+    record = ranks(1, run, small_recipe(train=dict(steps=3, parity=False)), str(tmp_path))[0]
+    assert record["throughput"]["step_seconds"] == {"median": None, "p10": None, "p90": None}
+    assert record["throughput"]["tokens_per_s"] is None and record["throughput"]["cpu_seconds_per_step"] is None
+    assert record["parity"]["passed"] is None
