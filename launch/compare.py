@@ -1,0 +1,170 @@
+"""A comparison: variants of one base recipe, run one after the other.
+
+    name = "strategies"
+    base = "../tiny.toml"                       # relative to this file
+    [[variant]]
+    name = "fsdp"
+    set = { "parallel.dp_shard" = 4 }           # the keys of --set, with TOML values
+    [[variant]]
+    name = "ring-too-wide"
+    set = { "parallel.cp" = 3 }
+    expect = "refused"                          # a row with the reason, where it would be an error of the file
+
+Every variant is validated before the first is started.
+"""
+
+import dataclasses
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.folder import prepare_comparison
+from launch.supervisor import supervise
+from launch.table import progress_line
+from launch.terminal import CommandError, did_you_mean
+from parallel.measure.record import new_record, write_record
+from parallel.recipe import SECTIONS, Recipe, RecipeError, apply_overrides, check_name, read_toml, recipe_from_tables
+
+KEYS = ("name", "base", "variant")
+VARIANT_KEYS = ("name", "set", "expect")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    name: str
+    recipe: Recipe | None  # None: refused, as expected
+    tables: Mapping[str, Any]
+    reason: str | None = None  # of the refusal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    name: str
+    variants: tuple[Variant, ...]
+
+
+def is_comparison(tables: Mapping[str, Any]) -> bool:
+    return "variant" in tables or "base" in tables
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
+    """Reads a comparison and validates every variant, with `overrides` on top of each.
+
+    Raises CommandError, which names the file, the variant and the key.
+    """
+    path = Path(path)
+    where = str(path)
+    try:
+        tables = read_toml(path)
+        if not is_comparison(tables):
+            raise CommandError(f"{path}: has neither base nor [[variant]]: a recipe; use lab run")
+        for key in tables:
+            if key not in KEYS:
+                raise RecipeError(key, tables[key], f"unknown key; {did_you_mean(key, KEYS)}")
+        name = tables.get("name", path.stem)
+        check_name("name", name)
+        if not isinstance(tables.get("base"), str):
+            raise RecipeError("base", tables.get("base"), "give the base recipe's file, relative to this one")
+        entries = tables.get("variant")
+        if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+            raise RecipeError("variant", entries, "give at least one [[variant]] with name and set")
+        base = read_toml(path.parent / tables["base"])
+        if is_comparison(base):
+            raise RecipeError("base", tables["base"], "is a comparison; give a recipe")
+        variants: dict[str, Variant] = {}
+        for number, entry in enumerate(entries, start=1):
+            where = f"{path}: variant {number}"
+            check_name("name", entry.get("name"))
+            where = f"{path}: variant {entry['name']}"
+            if entry["name"].lower() in variants:  # some file systems hold the two for one
+                raise RecipeError("name", entry["name"], "is the name of an earlier variant; give each its own")
+            variants[entry["name"].lower()] = _variant(entry, base, overrides)
+    except RecipeError as error:
+        raise CommandError(f"{where}: {error}") from None
+    return Comparison(name=name, variants=tuple(variants.values()))
+
+
+def _variant(entry: Mapping[str, Any], base: Mapping[str, Any], overrides: Sequence[str]) -> Variant:
+    for key in entry:
+        if key not in VARIANT_KEYS:
+            raise RecipeError(key, entry[key], f"unknown key; {did_you_mean(key, VARIANT_KEYS)}")
+    if entry.get("expect", "refused") != "refused":
+        raise RecipeError("expect", entry["expect"], 'the only thing to expect is "refused"')
+    tables = apply_overrides(_with_settings(base, entry.get("set", {})), overrides) | {"name": entry["name"]}
+    try:
+        recipe = recipe_from_tables(tables)
+    except RecipeError as error:
+        if "expect" not in entry:
+            raise
+        _refuse_unknown_keys(tables)
+        return Variant(name=entry["name"], recipe=None, tables=tables, reason=str(error))
+    if "expect" in entry:
+        raise RecipeError("expect", entry["expect"], "but this variant can be run; remove the key")
+    return Variant(name=recipe.name, recipe=recipe, tables=tables)
+
+
+def _with_settings(base: Mapping[str, Any], settings: Any) -> dict[str, Any]:
+    """`base` with each "section.key" of `settings` set; TOML reads the same written without quotes as a table."""
+    if not isinstance(settings, dict):
+        raise RecipeError("set", settings, 'give a table, as in { "parallel.tp" = 4 }')
+    tables = {key: dict(value) if isinstance(value, dict) else value for key, value in base.items()}
+    for name, value in settings.items():
+        section, _, key = name.partition(".")
+        if not isinstance(tables.setdefault(section, {}), dict) or not (key or isinstance(value, dict)):
+            raise RecipeError(f"set.{name}", value, 'name a key of a section, as in { "parallel.tp" = 4 }')
+        tables[section] |= {key: value} if key else value
+    return tables
+
+
+def _refuse_unknown_keys(tables: Mapping[str, Any]) -> None:
+    """A key that does not exist is a slip of the pen, never the refusal that was expected."""
+    for section, table_ in tables.items():
+        known = [field.name for field in dataclasses.fields(SECTIONS[section])] if section in SECTIONS else []
+        for key in table_ if isinstance(table_, dict) else ():
+            if key not in known:
+                raise RecipeError(f"{section}.{key}", table_[key], f"unknown key; {did_you_mean(key, known)}")
+
+
+# ---- running -------------------------------------------------------------------------------------------------------
+
+
+def run_comparison(comparison: Comparison, *, out: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Runs every variant, each whatever came of the others; the records, in order. `say` gets lines of progress.
+
+    Writes out/<name>/<variant>/ as each is done. Raises RecipeError before anything is started where a folder cannot
+    be used, and Interrupted.
+    """
+    folder = out / comparison.name
+    n = len(comparison.variants)
+    prepare_comparison(folder, comparison.name, [variant.name for variant in comparison.variants])
+    start = time.monotonic()
+    records = []
+    for done, variant in enumerate(comparison.variants):
+        elapsed = time.monotonic() - start
+        left = f", about {_clock(elapsed / done * (n - done))} left" if done else ""
+        say(f"[{done + 1}/{n}] {variant.name}  ({_clock(elapsed)} elapsed{left})")
+        records.append(_run_variant(variant, folder))
+        say(progress_line(records[-1]))
+    return records
+
+
+def _run_variant(variant: Variant, folder: Path) -> dict[str, Any]:
+    if variant.recipe is None:
+        record = new_record(variant.tables) | {"status": "refused", "reason": variant.reason}
+        (folder / variant.name).mkdir()
+        write_record(folder / variant.name / "record.json", record)
+        return record
+    try:
+        return supervise(variant.recipe, out=folder)
+    except (OSError, subprocess.SubprocessError, RecipeError) as error:  # no more processes, disk or access
+        return new_record(variant.recipe) | {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,0 +1,131 @@
+"""One rank of a run, started by hand, by Slurm or by `lab run`.
+
+    torchrun --standalone --nproc-per-node 4 -m launch.train recipes/strategies/fsdp.toml --set train.steps=5
+
+Exit codes: 0 done, 1 failed, 2 the recipe or the command line is wrong. On SIGUSR1 it writes its stack to stderr.
+"""
+
+import contextlib
+import faulthandler
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+from launch.folder import RUN_FILES, refuse_other_folder, remove_results
+from launch.terminal import CommandError, Parser, printable
+from parallel.measure.record import new_record, read_steps, record_json
+from parallel.recipe import Recipe, RecipeError, load_recipe
+
+# How gloo and NCCL say that another rank is gone. Such a rank has a better reason to give, or is past giving one.
+PEER_LOST = re.compile(
+    r"closed by peer|reset by peer|broken pipe|remote process exited|remote error|socket closed|connection refused"
+    r"|connectFullMesh|timed out|timeout",
+    re.IGNORECASE,
+)
+PEER_SECONDS = 2.0
+
+
+def main(argv: list[str]) -> int:
+    # The launcher asks a rank that hangs where it is, even inside a collective, which no Python handler could answer.
+    faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
+    rank = 0
+    try:
+        rank, world_size = (_from_environment(key, default) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        parser = Parser(prog="launch.train", description=__doc__)
+        parser.add_argument("recipe", metavar="RECIPE", help="a TOML file; see recipes/")
+        parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="as train.steps=5")
+        parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs"), help="default: runs")
+        arguments = parser.parse(argv)
+        recipe = load_recipe(arguments.recipe, arguments.set)
+        if world_size != recipe.world_size:
+            raise RecipeError(
+                "WORLD_SIZE",
+                world_size,
+                f"the product of [parallel] is {recipe.world_size}; torchrun --nproc-per-node {recipe.world_size}"
+                " (times the nodes) gives as many",
+            )
+        folder = arguments.out / recipe.name
+        folder.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            refuse_other_folder(folder, RUN_FILES)
+            remove_results(folder)
+    except OSError as error:
+        print(f"launch.train: rank {rank}: --out cannot be used: {printable(error)}", file=sys.stderr)
+        return 2
+    except (RecipeError, CommandError) as error:
+        if rank == 0:
+            print(f"launch.train: {printable(error)}", file=sys.stderr)
+        return 2
+    return run(recipe, folder, rank)
+
+
+def run(recipe: Recipe, folder: Path, rank: int) -> int:
+    """Trains; whatever goes wrong is printed, and recorded by the first rank that it happens to."""
+    try:
+        from parallel.training import train  # after the checks: torch takes seconds to import
+
+        train(recipe, out=folder)
+        return 0
+    except RecipeError as error:  # what only this host could tell: no such device, no such data
+        if record_failure(recipe, folder, "refused", str(error)):
+            print(f"launch.train: {printable(error)}", file=sys.stderr)
+        return 2
+    except BaseException as error:
+        traceback.print_exc()
+        text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+        if PEER_LOST.search(text):
+            _let_peer_speak(folder / "record.json")
+        record_failure(recipe, folder, "oom" if is_out_of_memory(error) else "failed", f"rank {rank}: {text[:1000]}")
+        return 1
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch.OutOfMemoryError (a GPU's), MemoryError (Python's), or what torch's allocator on the CPU raises."""
+    named_so = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named_so or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def record_failure(recipe: Recipe, folder: Path, status: str, reason: str) -> bool:
+    """Writes record.json with the steps that were done, unless it is there: the first rank to fail knows why."""
+    try:
+        with open(folder / "record.json", "x", encoding="utf-8") as file:
+            known = {"status": status, "reason": reason, "steps": read_steps(folder / "steps.jsonl")}
+            file.write(record_json(new_record(recipe) | known) + "\n")
+    except FileExistsError:
+        return False
+    except OSError as error:
+        print(f"launch.train: cannot record this: {printable(error)}", file=sys.stderr)
+    return True
+
+
+def _let_peer_speak(record: Path) -> None:
+    """Waits for another rank's record, but not past SIGTERM, with which torchrun ends the peers of a rank that died."""
+    terminated: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: terminated.append(number))
+    deadline = time.monotonic() + PEER_SECONDS
+    while not record.exists() and not terminated and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _from_environment(key: str, default: int) -> int:
+    text = os.environ.get(key, str(default))
+    if not text.isdecimal():
+        raise RecipeError(key, text, "give a whole number, as torchrun does")
+    return int(text)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process without the interpreter's own end, in which gloo's threads can abort (pytorch issue 190489)."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))
