@@ -1,7 +1,7 @@
 """The collectives that strategies use, on one dim of a tensor, under the names of torch 2.11 to 2.13.
 
-They are torch's functional ones, which return a new tensor: torch.compile of torch 2.11 loses gradients, silently, where
-the forward of an autograd.Function works in place.
+They are torch's functional ones, which return a new tensor: where the forward of an autograd.Function works in place,
+torch.compile of torch 2.11 silently loses the gradient.
 """
 
 import torch

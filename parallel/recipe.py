@@ -359,6 +359,7 @@ def recipe_from_tables(tables: Mapping[str, Any], *, default_name: str = "run") 
     _check_tensor_and_context(recipe)
     _check_pipeline(recipe)
     _check_recompute(recipe)
+    _check_compile(recipe)
     _check_data(recipe, given.get("data", {}))
     return recipe
 
@@ -535,13 +536,6 @@ def _check_pipeline(recipe: Recipe) -> None:
             f"is fewer than the {recipe.n_stages} stages (pp {pp} · stages_per_rank {recipe.stages_per_rank});"
             " use more layers or fewer stages",
         )
-    if recipe.train.compile != "none" and pipeline.schedule in SPLIT_BACKWARD_SCHEDULES:
-        raise RecipeError(
-            "train.compile",
-            recipe.train.compile,
-            f"{pipeline.schedule} cuts backward in two, which torch.compile cannot; set train.compile = none or take"
-            " another pipeline.schedule",
-        )
     if recipe.replica_batch % recipe.micro_batch:
         raise RecipeError(
             "train.micro_batch",
@@ -570,15 +564,34 @@ def _check_recompute(recipe: Recipe) -> None:
     mode = recipe.recompute.mode
     if mode not in ("none", "full", "sqrt", "selective") and not recipe.recompute.every:
         raise RecipeError("recompute.mode", mode, "choose none, full, every(n) with n of at least 1, sqrt or selective")
-    if recipe.recompute.every and recipe.train.compile != "none" and recipe.parallel.tp > 1:
-        raise RecipeError(
-            "train.compile",
-            recipe.train.compile,
-            f"with parallel.tp > 1 and recompute.mode = {mode} torch.compile fails (it saves a DeviceMesh as if it were"
-            " a tensor); set recompute.mode to selective or sqrt, or train.compile = none",
-        )
     if mode == "selective" and not recipe.recompute.save:
         raise RecipeError("recompute.save", [], "name at least one operation, or set recompute.mode = full")
+
+
+def _check_compile(recipe: Recipe) -> None:
+    """Where torch.compile fails, or would leave whole blocks eager without a word."""
+    parallel, method, mode = recipe.parallel, recipe.context.method, recipe.recompute.mode
+    whole_blocks = recipe.recompute.every > 0
+    refusals = (
+        (
+            parallel.pp > 1 and recipe.pipeline.schedule in SPLIT_BACKWARD_SCHEDULES,
+            f"pipeline.schedule = {recipe.pipeline.schedule} cuts backward in two, which torch.compile cannot;"
+            " take another schedule",
+        ),
+        (
+            parallel.tp > 1 and whole_blocks,
+            f"with parallel.tp > 1 and recompute.mode = {mode} torch.compile fails (it saves a DeviceMesh as if it were"
+            " a tensor); set recompute.mode to selective or sqrt",
+        ),
+        (
+            parallel.cp > 1 and method != "ulysses" and (whole_blocks or mode == "selective"),
+            f"cannot trace the messages of context.method = {method}, and would leave blocks eager under"
+            f" recompute.mode = {mode}; set recompute.mode to none or sqrt, or context.method = ulysses",
+        ),
+    )
+    for refused, reason in refusals:
+        if recipe.train.compile != "none" and refused:
+            raise RecipeError("train.compile", recipe.train.compile, f"{reason}, or set train.compile = none")
 
 
 def _check_data(recipe: Recipe, given: Mapping[str, Any]) -> None:

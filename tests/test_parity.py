@@ -144,8 +144,8 @@ COMPILE = [
         dict(parallel=dict(dp_shard=2, tp=2), recompute=dict(mode="selective")),
         dict(parallel=dict(tp=2), tensor=dict(sequence_parallel=False, loss_parallel=False)),
         dict(parallel=dict(cp=2), context=dict(method="ring")),
-        dict(parallel=dict(cp=2), context=dict(method="all-gather"), recompute=dict(mode="full")),
-        dict(parallel=dict(cp=2), context=dict(method="ulysses")),
+        dict(parallel=dict(cp=2), context=dict(method="all-gather"), recompute=dict(mode="sqrt")),
+        dict(parallel=dict(cp=2), context=dict(method="ulysses"), recompute=dict(mode="full")),
         dict(parallel=dict(pp=2, dp_shard=2), pipeline=dict(schedule="1f1b")),
         dict(parallel=dict(pp=2), pipeline=dict(schedule="interleaved-1f1b"), recompute=dict(mode="full")),
     )

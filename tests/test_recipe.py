@@ -239,6 +239,11 @@ REFUSED = [
         "train.compile = 'inductor'",
         "recompute.mode",
     ),
+    (
+        "parallel.cp = 2; recompute.mode = 'selective'; train.compile = 'inductor'",
+        "train.compile = 'inductor'",
+        "context.method = ulysses",
+    ),
     (PP4 + "; pipeline.schedule = 'zbv'; train.compile = 'inductor'", "train.compile = 'inductor'", "torch.compile"),
     # data
     ("data.path = 'x.bin'", "data.path = 'x.bin'", "has no meaning with data.source = stdlib; remove it"),

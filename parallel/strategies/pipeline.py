@@ -9,7 +9,7 @@ backward of all microbatches in the order of one of torch.distributed.pipelining
     1f1b                     one forward, one backward: fewer activations kept (Narayanan et al. 2021, arXiv:2104.04473)
     interleaved-1f1b         several stages per rank: a smaller bubble, more traffic (the same paper)
     looped-bfs               several stages per rank, breadth first (Lamy-Poirier 2022, arXiv:2211.05953)
-    interleaved-zero-bubble  the gradient of the weights is put off to fill the bubble (Qi et al. 2023, arXiv:2401.10241)
+    interleaved-zero-bubble  gradients of the weights are put off to fill the bubble (Qi et al. 2023, arXiv:2401.10241)
     zbv                      the same on a V: a rank holds an early and a late stage (section 6 of that paper)
     dualpipev                the V of DualPipe (DeepSeek-AI 2024, arXiv:2412.19437)
 """
@@ -109,7 +109,9 @@ class PipelineStep:
 
     stages: this rank's, of `split_pipeline`, with the other strategies applied and the weights in place.
     mesh: the one-dimensional mesh of the pipeline's ranks.
-    loss: logits and targets of a microbatch -> scalar, already divided by the number of tokens: microbatches are summed.
+    compute_dtype: type of the residual stream between stages.
+    loss: logits and targets of a microbatch -> scalar, a sum over tokens already divided by the number of tokens of
+        the step: microbatches are summed.
     vocab_size: columns of this rank's logits, where they stay split for a vocabulary-parallel loss.
     """
 
@@ -188,7 +190,7 @@ def weight_name(name: str, *, recipe: Recipe) -> str:
 
 
 def tied_copies(stages: list[Transformer], *, recipe: Recipe) -> list[nn.Parameter]:
-    """Those of this rank's parameters that are the second copy of a weight: none of them counts in the gradient norm."""
+    """Those of this rank's parameters that are second copies of a weight: the gradient norm leaves them out."""
     if not recipe.model.tied_embeddings or recipe.n_stages == 1:
         return []
     return [stage.output.weight for stage in stages if stage.output is not None]
