@@ -359,6 +359,7 @@ def recipe_from_tables(tables: Mapping[str, Any], *, default_name: str = "run") 
     _check_tensor_and_context(recipe)
     _check_pipeline(recipe)
     _check_recompute(recipe)
+    _check_split_backward(recipe)
     _check_compile(recipe)
     _check_data(recipe, given.get("data", {}))
     return recipe
@@ -548,15 +549,35 @@ def _check_pipeline(recipe: Recipe) -> None:
 def _check_microbatches(recipe: Recipe) -> None:
     """What each schedule asks of the number of microbatches (torch.distributed.pipelining)."""
     pp, n, schedule = recipe.parallel.pp, recipe.n_microbatches, recipe.pipeline.schedule
-    least = {"1f1b": pp, "zbv": 2 * pp - 1, "dualpipev": 2 * pp}.get(schedule, 1)
-    multiple = pp if schedule in ("interleaved-1f1b", "interleaved-zero-bubble") else 1
-    if n < least or n % multiple:
-        wanted = f"a multiple of pp = {pp}" if multiple > 1 else f"at least {least}"
+    least = {"1f1b": pp, "dualpipev": 2 * pp}.get(schedule, 1)
+    rounds = max(1, n // pp) if schedule in ("interleaved-1f1b", "interleaved-zero-bubble") else 1
+    if n < least or n % rounds:
+        wanted = f"fewer than {2 * pp} or a multiple of pp = {pp}" if n % rounds else f"at least {least}"
         raise RecipeError(
             "train.micro_batch",
             recipe.micro_batch,
             f"gives {n} microbatches (global_batch {recipe.train.global_batch} / (replicas {recipe.replicas} ·"
             f" micro_batch)); {schedule} needs {wanted}",
+        )
+
+
+def _check_split_backward(recipe: Recipe) -> None:
+    """Schedules that compute the gradients of inputs first and those of weights later, from the same activations."""
+    schedule = recipe.pipeline.schedule
+    if recipe.parallel.pp == 1 or schedule not in SPLIT_BACKWARD_SCHEDULES:
+        return
+    if recipe.parallel.dp_shard > 1 and recipe.sharding.reshard_after_forward:
+        raise RecipeError(
+            "sharding.reshard_after_forward",
+            True,
+            f"pipeline.schedule = {schedule} finds the weights gone when it comes to their gradients; set it to false",
+        )
+    if recipe.recompute.mode != "none":
+        raise RecipeError(
+            "recompute.mode",
+            recipe.recompute.mode,
+            f"pipeline.schedule = {schedule} would recompute a block once for each of its weights; set it to none, or"
+            " take another schedule",
         )
 
 

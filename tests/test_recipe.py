@@ -215,19 +215,24 @@ REFUSED = [
     ("parallel.pp = 2", "train.micro_batch = 8", "gives 1 microbatches"),
     ("parallel.pp = 4; train.micro_batch = 4", "train.micro_batch = 4", "1f1b needs at least 4"),
     (
-        "parallel.pp = 4; train.micro_batch = 4; pipeline.schedule = 'interleaved-zero-bubble'",
-        "train.micro_batch = 4",
-        "needs a multiple of pp = 4",
-    ),
-    (
-        "parallel.pp = 4; train.global_batch = 6; train.micro_batch = 1; pipeline.schedule = 'interleaved-1f1b'",
+        "parallel.pp = 2; train.global_batch = 5; train.micro_batch = 1; pipeline.schedule = 'interleaved-zero-bubble'",
         "train.micro_batch = 1",
-        "gives 6 microbatches",
+        "fewer than 4 or a multiple of pp = 2",
     ),
     (
-        "parallel.pp = 4; train.micro_batch = 2; pipeline.schedule = 'zbv'",
-        "train.micro_batch = 2",
-        "zbv needs at least 7",
+        "parallel.pp = 4; train.global_batch = 9; train.micro_batch = 1; pipeline.schedule = 'interleaved-1f1b'",
+        "train.micro_batch = 1",
+        "gives 9 microbatches",
+    ),
+    (
+        "parallel.pp = 2; parallel.dp_shard = 2; train.micro_batch = 1; pipeline.schedule = 'zbv'",
+        "sharding.reshard_after_forward = True",
+        "set it to false",
+    ),
+    (
+        "parallel.pp = 2; train.micro_batch = 1; pipeline.schedule = 'dualpipev'; recompute.mode = 'selective'",
+        "recompute.mode = 'selective'",
+        "take another schedule",
     ),
     (
         "parallel.pp = 4; train.micro_batch = 2; pipeline.schedule = 'dualpipev'",

@@ -97,7 +97,7 @@ def _stages_of_rank(recipe: Recipe, pp_rank: int) -> list[int]:
 
 class _Stage(PipelineStage):
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
-        # Called by torch 2.11 alone. In the corner of a V two neighbours share a rank, and gloo cannot send to itself.
+        # Called by torch 2.11 alone. At the turn of a V two neighbours share a rank, and gloo cannot send to itself.
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.peer != dist.get_rank()]
 
 
@@ -169,7 +169,7 @@ class PipelineStep:
         """
         losses: list[Tensor] = []
         self.schedule.step(
-            *((tokens.contiguous(),) if self.has_first else ()),
+            *((tokens.contiguous(),) if self.has_first else ()),  # torch 2.11 compares strides too
             target=targets if self.has_last else None,
             losses=losses,
             return_outputs=False,
