@@ -64,7 +64,7 @@ class Ranks:
         self.n_calls = 0
 
     def __call__(
-        self, world_size: int, function: Callable[..., Any], *arguments: Any, timeout_seconds: float = 90
+        self, world_size: int, function: Callable[..., Any], *arguments: Any, timeout_seconds: float = 240
     ) -> list[Any]:
         self._grow(world_size)
         self.n_calls += 1
