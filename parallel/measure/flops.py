@@ -1,0 +1,198 @@
+"""FLOPs: what a model needs, what a step executed, and both over what the hardware could do.
+
+model FLOPs      from the shape alone: 6 x (matrix weights a token meets) + attention. A layout cannot change them.
+hardware FLOPs   what ran, operation by operation: recomputation is in, what was skipped is not.
+
+One multiplication and one addition are 2 FLOPs; only matrix products count, as everywhere in the literature.
+docs/measures.md derives each formula.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from parallel.measure.hardware import Peak
+from parallel.recipe import Model, Recipe
+
+aten = torch.ops.aten
+
+DEFINITION = (
+    "model FLOPs per token = 6 x (weights of the attention, MLP and output matrices; not the embedding look-up)"
+    " + attention: 12·L·d·s in mfu (PaLM), 6·L·d·s, the half that the causal mask leaves, in mfu_causal (Megatron)."
+    " hardware FLOPs = matrix products that ran, summed over ranks, by their shapes; a causal attention call is half"
+    " of queries x keys, 2 products forward and 5 backward (it computes the scores again)."
+    " mfu, mfu_causal, hfu = FLOPs of a step / (median step seconds x ranks x peak FLOP/s of a rank's device)."
+)
+
+
+class ModelFlops(NamedTuple):
+    """Of forward and backward, per token."""
+
+    full: int  # attention counted as if every token saw all s
+    causal: int  # attention counted by half
+
+
+def model_flops_per_token(model: Model, *, seq_len: int) -> ModelFlops:
+    """What training on one token of a sequence of `seq_len` takes, in any layout and with any implementation.
+
+    Backward costs twice the forward: for each product one for the gradient of either factor. Attention is two
+    products of n_heads x head_dim = d_model numbers for each pair of tokens; grouping key heads does not change that.
+    PaLM, arXiv:2204.02311, appendix B.
+    """
+    d, kv_width = model.d_model, model.n_kv_heads * model.head_dim
+    block = d * (2 * d + 2 * kv_width) + 3 * d * model.d_ff  # q and out, k and v; gate, up and down
+    weights = model.n_layers * block + model.vocab_size * d  # tied or not, the output projection is a product
+    pairs = model.n_layers * d * seq_len
+    return ModelFlops(full=6 * weights + 12 * pairs, causal=6 * weights + 6 * pairs)
+
+
+# ---- what ran ------------------------------------------------------------------------------------------------------
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts the FLOPs that this rank executes.
+
+        with FlopCounter() as counter:
+            model.forward_backward(tokens, targets)
+        counter.flops
+
+    Works on real and on fake tensors, and through backward: autograd hands modes on to the threads of its devices. Of
+    a DTensor operation the part that this rank computes is counted (but torch tries a new product of DTensors on fake
+    tensors first, and that counts too; there is none in this lab). Operations not in COUNTS below count zero.
+    """
+
+    supports_higher_order_operators = True  # torch.compile wraps some operations in these
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Without this torch would run compiled blocks eagerly in here, and from then on for good."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(type_, DTensor) for type_ in types):
+            return NotImplemented  # DTensor calls the operation again on its local part
+        kwargs = kwargs or {}
+        call = (func, *args)
+        for i, operation in enumerate(call):  # wrapped, the operation and its arguments are the wrapper's last ones
+            if isinstance(operation, OpOverload):
+                count = COUNTS.get(operation._overloadpacket)
+                if count is not None:
+                    self.flops += count(_by_name(operation, call[i + 1 :], kwargs))
+                break
+        return func(*args, **kwargs)
+
+
+def _by_name(operation: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The call's arguments by name: their positions differ between the attention kernels."""
+    defaults = {argument.name: argument.default_value for argument in operation._schema.arguments}
+    return defaults | dict(zip(defaults, args, strict=False)) | kwargs
+
+
+def _product(factors: str) -> Callable[[dict[str, Any]], int]:
+    """(..., m, k) x (..., k, n): 2·m·k·n each. `factors` names the two arguments."""
+    left, right = factors.split()
+
+    def count(call: dict[str, Any]) -> int:
+        a, b = call[left], call[right]
+        assert isinstance(a, Tensor) and isinstance(b, Tensor)
+        return 2 * math.prod(a.shape) * b.shape[-1]
+
+    return count
+
+
+def _attention_forward(call: dict[str, Any]) -> int:
+    pairs, head_dim, value_dim = _pairs(call)
+    return pairs * (head_dim + value_dim)  # scores, and their product with v
+
+
+def _attention_backward(call: dict[str, Any]) -> int:
+    pairs, head_dim, value_dim = _pairs(call)
+    return pairs * (3 * head_dim + 2 * value_dim)  # scores again, dQ, dK; dV, and the gradient of the scores
+
+
+def _pairs(call: dict[str, Any]) -> tuple[int, int, int]:
+    """2 x the pairs of a query and a key that see each other, in all heads; and the width of heads of q, and of v."""
+    q, k, v = call["query"], call["key"], call["value"]  # (B, H, t, E), (B, K, t', E), (B, K, t', E')
+    pairs = math.prod(q.shape[:3]) * k.shape[2]  # each of the K heads of keys serves H/K heads of queries
+    return (1 if call["is_causal"] else 2) * pairs, q.shape[3], v.shape[3]
+
+
+COUNTS: dict[Any, Callable[[dict[str, Any]], int]] = {
+    aten.mm: _product("self mat2"),
+    aten.bmm: _product("self mat2"),
+    aten.addmm: _product("mat1 mat2"),
+    aten.baddbmm: _product("batch1 batch2"),
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
+    aten._scaled_dot_product_flash_attention: _attention_forward,
+    aten._scaled_dot_product_efficient_attention: _attention_forward,
+    aten._scaled_dot_product_cudnn_attention: _attention_forward,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    aten._scaled_dot_product_flash_attention_backward: _attention_backward,
+    aten._scaled_dot_product_efficient_attention_backward: _attention_backward,
+    aten._scaled_dot_product_cudnn_attention_backward: _attention_backward,
+}
+
+
+# ---- the record ----------------------------------------------------------------------------------------------------
+
+
+def flops_section(
+    recipe: Recipe,
+    *,
+    hardware_flops_per_step: int | None,
+    step_seconds: float | None,
+    peak: Peak,
+    matmul_ceiling_flops: float | None,
+) -> dict[str, Any]:
+    """The `flops` section of a record; what was not measured is None.
+
+    hardware_flops_per_step: FLOPs counted in one step, summed over all ranks. step_seconds: its steady median.
+    peak: of one rank's device, FLOP/s. Raises ValueError where more ran than the hardware can do.
+    """
+    tokens = recipe.train.global_batch * recipe.train.seq_len
+    model_flops = model_flops_per_token(recipe.model, seq_len=recipe.train.seq_len)
+    hardware_flops = None if hardware_flops_per_step is None else hardware_flops_per_step / tokens
+    definition = DEFINITION
+
+    def utilization(flops_per_token: float | None) -> float | None:
+        if flops_per_token is None or step_seconds is None or peak.flops is None:
+            return None
+        return flops_per_token * tokens / (step_seconds * recipe.world_size * peak.flops)
+
+    values = {
+        "mfu": utilization(model_flops.full),
+        "mfu_causal": utilization(model_flops.causal),
+        "hfu": utilization(hardware_flops),
+    }
+    for key in ("mfu_causal", "hfu"):
+        value = values[key]
+        if value is not None and value > 1:
+            raise ValueError(
+                f"flops.{key} = {value:.3g}: above 1, with {step_seconds:.3g} s a step, {recipe.world_size} ranks and"
+                f" {peak.flops:.4g} FLOP/s a rank ({peak.source}); give the dense {recipe.train.dtype} peak of one"
+                " device with --peak-flops or, where it was measured, run again while nothing else does"
+            )
+    if values["mfu"] is not None and values["mfu"] > 1:
+        # Half of the attention that it counts was never run: long sequences get there on honest hardware.
+        definition += f" mfu is null: with attention in full it would be {values['mfu']:.3g}, and says nothing."
+        values["mfu"] = None
+    return {
+        "definition": definition,
+        "model_flops_per_token": model_flops.full,
+        "model_flops_per_token_causal": model_flops.causal,
+        "hardware_flops_per_token": hardware_flops,
+        **values,
+        "peak_flops": peak.flops,
+        "peak_source": peak.source,
+        "matmul_ceiling_flops": matmul_ceiling_flops,
+    }

@@ -1,0 +1,282 @@
+"""Memory: the peak of live tensor storages during a step, and what they were."""
+
+import gc
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+from parallel.measure.traffic import tensors_in
+from parallel.mesh import local_part
+
+CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "other")
+
+aten = torch.ops.aten
+WRAPPERS = (DTensor, AsyncCollectiveTensor)  # their operators work on the tensors inside, which hold the memory
+wait_tensor = torch.ops._c10d_functional.wait_tensor.default
+
+
+class _Storage(weakref.ref[torch.UntypedStorage]):
+    """Memory that tensors share, held weakly: its size now, and what it is."""
+
+    __slots__ = ("category", "key", "nbytes")
+    category: str
+    key: int
+    nbytes: int
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Follows the tensor storages of this rank on `device`, from entry to exit, and finds the peak of their bytes.
+
+        with MemoryTracker(parameters, optimizer, device=device) as tracker:
+            ...  # a step
+        tracker.peak()  # {"peak_bytes": ..., "parameters_bytes": ..., ...}
+
+    A storage counts once however many tensors view it, at the bytes it has at that moment. Each is one of these, for
+    the whole of its life, by what it is or comes to be:
+
+        parameters   a parameter's local part: tied weights once, an FSDP shard with its padding
+        gradients    the .grad of a parameter: at entry, when the optimizer steps, or at exit. Gradient buckets too
+        optimizer    the optimizer's state
+        other        weights that FSDP gathered; gradients not yet added or scattered into .grad; what a receive or an
+                     in-place collective writes to; temporaries of the optimizer's step; what was there before the
+                     region, such as tables of rotary positions
+        activations  the rest of what the region makes: inputs, results of layers (whether kept for backward, computed
+                     again in it, or about to be freed), weights cast to the type of the computation, results of
+                     functional collectives, gradients with respect to all these, losses and norms
+
+    The five add up to the peak. A storage older than the region is counted from entry on if it belongs to a parameter,
+    a gradient or the optimizer, or if an operator of the region uses it; others are nobody's business here.
+
+    Not in the figure: what a kernel takes and frees inside itself, the communication library's own buffers (gloo does a
+    reduce-scatter in a copy of its input), the allocator's rounding, fragmentation and what it holds back for another
+    stream, and tensors on other devices than `device`.
+
+    Works on real tensors and on FakeTensors, where the same step gives the same figures. Enter it after a
+    FakeTensorMode. The cost is linear in the number of operators.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer | None, *, device: torch.device
+    ) -> None:
+        super().__init__()
+        self._parameters, self._optimizer, self._device = list(parameters), optimizer, device
+        self._live: dict[int, _Storage] = {}
+        self._older: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._freed: deque[_Storage] = deque()  # a storage may die on any thread, and append is atomic
+        self._at_entry: list[tuple[_Storage, int]] = []
+        self._changes: list[tuple[_Storage, int]] = []  # in time: bytes that a storage gained or lost
+        self._made = "activations"
+        self._shapes_only = False
+        self._hooks: list[Any] = []
+
+    def peak(self) -> dict[str, int]:
+        """peak_bytes, and parameters_bytes, gradients_bytes, ... at the moment of the first peak. After exit."""
+        largest = total = sum(nbytes for _, nbytes in self._at_entry)
+        n_changes = 0
+        for i, (_, nbytes) in enumerate(self._changes, start=1):
+            total += nbytes
+            if total > largest:
+                largest, n_changes = total, i
+        split = dict.fromkeys(CATEGORIES, 0)
+        for storage, nbytes in (*self._at_entry, *self._changes[:n_changes]):
+            split[storage.category] += nbytes
+        return {"peak_bytes": largest} | {f"{category}_bytes": nbytes for category, nbytes in split.items()}
+
+    def __enter__(self) -> "MemoryTracker":
+        self._older = {storage._cdata: weakref.ref(storage) for storage in _storages_of_python()}
+        self._identify()
+        if self._optimizer is not None:
+            self._hooks = [
+                self._optimizer.register_step_pre_hook(lambda *_: self._before_optimizer()),
+                self._optimizer.register_step_post_hook(lambda *_: self._after_optimizer()),
+            ]
+        self._patch()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._unpatch()
+        for hook in self._hooks:
+            hook.remove()
+        self._identify()
+        self._bury()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if any(issubclass(kind, WRAPPERS) for kind in types):
+            return NotImplemented
+        if func is wait_tensor and isinstance(args[0], FakeTensor):
+            return args[0]  # on FakeTensors it would make a new one; on real ones it gives back what it was given
+        result = func(*args, **(kwargs or {}))
+        if self._shapes_only:
+            return result
+        self._bury()
+        # torch.tensor makes its storage out of sight, and then shows it to lift_fresh.
+        made = func in (aten.lift_fresh.default, aten.lift.default)
+        inputs = [self._see(tensor, made=made) for tensor in tensors_in((*args, *(kwargs or {}).values()))]
+        outputs = [self._see(tensor, made=True) for tensor in tensors_in(result)]
+        node = torch._C._current_autograd_node()
+        if func.namespace == "fsdp" or (node is not None and node.name() == "torch::autograd::AccumulateGrad"):
+            _make_other([*inputs, *outputs])
+        elif func.namespace == "c10d" and func._opname != "send":
+            _make_other(inputs)
+        return result
+
+    # ---- storages and what they are ----
+
+    def _see(self, tensor: Tensor, *, made: bool) -> _Storage | None:
+        """Notes the storage of `tensor`, and its size if that has changed. None if it is not one to follow.
+
+        made: if it is not known, it was made just now. Else, if it is not older than the region either, it belongs to
+        the communication library, which lets operators work on it.
+        """
+        strided = tensor.layout == torch.strided and not isinstance(tensor, WRAPPERS)
+        if tensor.device.type != self._device.type or not strided:
+            return None
+        storage = tensor.untyped_storage()
+        known = self._live.get(storage._cdata)
+        if known is None:
+            older = self._older.get(storage._cdata)
+            existed = older is not None and older() is not None  # else the address is used anew
+            known = self._add(storage, existed=existed, foreign=not existed and not made)
+        self._set_size(known, storage.nbytes())
+        return known
+
+    def _add(self, storage: torch.UntypedStorage, *, existed: bool, foreign: bool = False) -> _Storage:
+        new = _Storage(storage, self._freed.append)
+        new.key, new.nbytes, new.category = storage._cdata, 0, self._made
+        self._live[new.key] = new
+        if foreign:
+            new.category = "foreign"
+        elif existed:
+            new.category, new.nbytes = "other", storage.nbytes()
+            self._at_entry.append((new, new.nbytes))
+        return new
+
+    def _set_size(self, storage: _Storage, nbytes: int) -> None:
+        if nbytes != storage.nbytes and storage.category != "foreign":
+            self._changes.append((storage, nbytes - storage.nbytes))
+            storage.nbytes = nbytes
+
+    def _bury(self) -> None:
+        """Takes the bytes of storages that died since the last call off the account."""
+        while self._freed:
+            storage = self._freed.popleft()
+            self._set_size(storage, 0)
+            del self._live[storage.key]
+
+    @torch.no_grad()  # then a DTensor's local part is its own, not a view that an operator makes
+    def _identify(self) -> None:
+        self._bury()
+        states = self._optimizer.state.values() if self._optimizer is not None else ()
+        tensors: dict[str, Sequence[Tensor]] = {
+            "parameters": self._parameters,
+            "gradients": [parameter.grad for parameter in self._parameters if parameter.grad is not None],
+            "optimizer": [value for state in states for value in state.values() if isinstance(value, Tensor)],
+        }
+        for category, members in tensors.items():
+            for tensor in members:
+                storage = self._see(local_part(tensor), made=True)
+                if storage is not None:
+                    storage.category = category
+
+    def _before_optimizer(self) -> None:
+        self._identify()
+        self._made = "other"
+
+    def _after_optimizer(self) -> None:
+        self._identify()
+        self._made = "activations"
+
+    # ---- what no dispatch mode sees ----
+
+    def _patch(self) -> None:
+        """FSDP2 frees and regrows gathered weights by resizing their storage, which is no operator."""
+        self._resize, self._propagate = (
+            torch.UntypedStorage.resize_,
+            ShardingPropagator._propagate_tensor_meta_non_cached,
+        )
+
+        def resize(storage: torch.UntypedStorage, nbytes: int) -> Any:
+            self._bury()
+            known = self._live.get(storage._cdata) or self._add(storage, existed=True)
+            result = self._resize(storage, nbytes)
+            self._set_size(known, storage.nbytes())
+            _make_other([known])
+            return result
+
+        def propagate(*args: Any) -> Any:
+            # DTensor runs each new operator once on FakeTensors of the global shape, to learn that of its result.
+            before, self._shapes_only = self._shapes_only, True
+            try:
+                return self._propagate(*args)
+            finally:
+                self._shapes_only = before
+
+        torch.UntypedStorage.resize_ = resize  # type: ignore[assignment, method-assign]
+        ShardingPropagator._propagate_tensor_meta_non_cached = propagate  # type: ignore[assignment, method-assign]
+
+    def _unpatch(self) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        ShardingPropagator._propagate_tensor_meta_non_cached = self._propagate  # type: ignore[method-assign]
+
+
+def _make_other(storages: Sequence[_Storage | None]) -> None:
+    for storage in storages:
+        if storage is not None and storage.category == "activations":
+            storage.category = "other"
+
+
+def _storages_of_python() -> Iterator[torch.UntypedStorage]:
+    """The storages of all tensors that Python objects hold: those of DTensors are their local parts'."""
+    for thing in gc.get_objects():
+        is_tensor = issubclass(type(thing), Tensor) and not is_traceable_wrapper_subclass(thing)
+        if is_tensor and thing.layout == torch.strided and thing.device.type != "meta":
+            yield thing.untyped_storage()
+
+
+# ---- the record ----------------------------------------------------------------------------------------------------
+
+
+def reset_allocator_peaks(device: torch.device) -> None:
+    """Makes `allocator_peaks` speak of what comes from now on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def allocator_peaks(device: torch.device) -> dict[str, int | None]:
+    """The CUDA allocator's own peaks since `reset_allocator_peaks`; null on a CPU, which has no such allocator.
+
+    allocator_peak_bytes: held by tensors, each rounded up to 512 bytes, and by workspaces inside kernels.
+    allocator_reserved_peak_bytes: taken from the device: that, and what fragmentation leaves unused.
+    """
+    cuda = device.type == "cuda"
+    return {
+        "allocator_peak_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
+        "allocator_reserved_peak_bytes": torch.cuda.max_memory_reserved(device) if cuda else None,
+    }
+
+
+def memory_section(per_rank: Sequence[dict[str, Any]], *, step: int) -> dict[str, Any]:
+    """The `memory` of a record, from one entry per observed rank: {"rank": ..., **tracker.peak(), ...}.
+
+    step: the step that was observed, counted from 1.
+    """
+    peaks = [entry["peak_bytes"] for entry in per_rank]
+    return {
+        "per_rank": sorted(per_rank, key=lambda entry: entry["rank"]),
+        "max_peak_bytes": max(peaks),
+        "min_peak_bytes": min(peaks),
+        "step": step,
+    }
