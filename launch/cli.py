@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from launch.compare import Comparison, is_comparison, load_comparison, run_comparison
-from launch.folder import variant_order
+from launch.folder import RUN_FILES, refuse_other_folder, variant_order
+from launch.page import write_page
 from launch.supervisor import Interrupted, refuse_too_many, supervise
 from launch.table import remark_on, row, short_layout, table
-from launch.terminal import CommandError, Parser, did_you_mean, printable
+from launch.terminal import PEAK_HELP, CommandError, Parser, check_peak_flops, did_you_mean, printable
 from parallel.corpus import open_corpus
-from parallel.measure.record import read_records, record_json, version
+from parallel.measure.record import read_record, read_records, record_json, version, write_record
 from parallel.recipe import Data, Model, Recipe, RecipeError, load_recipe, read_toml
 
 EXAMPLES = """examples:
@@ -63,14 +64,25 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
     check = command("check", check_files, "Validate recipes and comparisons; starts nothing.")
     run = command("run", run_recipe, "Run one recipe on this machine.")
+    dry = command("dry-run", dry_run_recipe, "Memory, traffic and FLOPs of a recipe's ranks, starting none of them.")
     compare = command("compare", compare_variants, "Run every variant of a comparison, then print the table.")
     report = command("report", report_folder, "Print the table of result files.")
     check.add_argument("files", metavar="RECIPE|COMPARISON", nargs="+", help="TOML files")
     run.add_argument("recipe", metavar="RECIPE", help="a TOML file")
     run.add_argument("--nproc", metavar="N", type=int, help="processes; must be the product of [parallel]")
+    dry.add_argument("recipe", metavar="RECIPE", help="a TOML file")
+    dry.add_argument(
+        "--world-size", metavar="N", type=int, help="scale data-parallel ranks and batch to N ranks in all"
+    )
+    which = dry.add_mutually_exclusive_group()
+    which.add_argument("--rank", metavar="R", type=int, default=0, help="which rank; default: 0")
+    which.add_argument("--all-distinct-ranks", action="store_true", help="one rank of each kind")
+    dry.add_argument("--out", metavar="DIR", type=Path, help="write DIR/<name>/record.json, too")
+    run.add_argument("--peak-flops", metavar="FLOPS", type=float, help=PEAK_HELP)
     compare.add_argument("comparison", metavar="COMPARISON", help="a TOML file; see recipes/compare/")
-    report.add_argument("folder", metavar="DIR", type=Path, help="of a run, a comparison, or several runs")
-    for parser_ in (check, run, compare):
+    report.add_argument("folder", metavar="DIR", type=Path, help="of a run, a comparison, or several of them")
+    report.add_argument("--html", metavar="FILE", type=Path, help="write a page of all results in and below DIR, too")
+    for parser_ in (check, run, dry, compare):
         parser_.add_argument(
             "--set", metavar="KEY=VALUE", action="append", default=[], help="over the file, as train.steps=5; repeat it"
         )
@@ -120,8 +132,11 @@ def run_recipe(arguments: argparse.Namespace) -> int:
         remedy = f"the product of [parallel] is {recipe.world_size}; give that, or leave --nproc out"
         raise RecipeError("--nproc", arguments.nproc, remedy)
     refuse_too_many(recipe)
+    check_peak_flops(arguments.peak_flops)
     say = _progress(arguments)
-    record = supervise(recipe, out=arguments.out, echo=lambda line: say(printable(line)))
+    record = supervise(
+        recipe, out=arguments.out, echo=lambda line: say(printable(line)), peak_flops=arguments.peak_flops
+    )
     if arguments.json:
         print(record_json(record))
     if record["status"] == "refused":
@@ -134,26 +149,55 @@ def run_recipe(arguments: argparse.Namespace) -> int:
     return 1 if remark else 0
 
 
+def dry_run_recipe(arguments: argparse.Namespace) -> int:
+    if is_comparison(read_toml(arguments.recipe)):
+        raise CommandError(f"{arguments.recipe} is a comparison; give one recipe")
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    path = None if arguments.out is None else arguments.out / recipe.name / "record.json"
+    if path is not None:
+        refuse_other_folder(path.parent, RUN_FILES)
+        if path.exists() and read_record(path)["kind"] != "dry-run":
+            raise RecipeError("--out", str(arguments.out), f"{path} is of a measured run; give another folder")
+    from parallel.dryrun import distinct_ranks, dry_run, scaled  # other commands live without torch
+
+    if arguments.world_size is not None:
+        recipe = scaled(recipe, arguments.world_size)
+    ranks = list(distinct_ranks(recipe)) if arguments.all_distinct_ranks else [arguments.rank]
+    record = dry_run(recipe, ranks=ranks)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_record(path, record)
+    print(record_json(record) if arguments.json else _dry_run_in_words(record))
+    if path is not None:
+        _progress(arguments)(f"\n{path}")
+    return 0
+
+
 def compare_variants(arguments: argparse.Namespace) -> int:
     comparison = _comparison(arguments.comparison, arguments.set)
     say = _progress(arguments)
     records = run_comparison(comparison, out=arguments.out, say=say)
-    path = arguments.out / comparison.name / "table.txt"
+    folder = arguments.out / comparison.name
     text = table(records)
-    path.write_text(f"{text}\n", encoding="utf-8")
+    (folder / "table.txt").write_text(f"{text}\n", encoding="utf-8")
+    write_page(folder, folder / "page.html")
     print(record_json([row(record) for record in records]) if arguments.json else f"\n{text}")
-    say(f"\n{path}")
+    say(f"\n{folder / 'table.txt'}\n{folder / 'page.html'}")
     runs = zip(comparison.variants, records, strict=True)
     return 1 if any(remark_on(record) and variant.recipe is not None for variant, record in runs) else 0
 
 
 def report_folder(arguments: argparse.Namespace) -> int:
     records = read_records(arguments.folder)
-    if not records:
+    on_page = write_page(arguments.folder, arguments.html) if arguments.html else 0
+    if not records and not on_page:
         raise CommandError(f"{arguments.folder} holds no record.json, nor do its folders; give a folder of results")
     order = {name: number for number, name in enumerate(variant_order(arguments.folder))}
     records.sort(key=lambda record: order.get(record["recipe"]["name"], len(order)))
-    print(record_json([row(record) for record in records]) if arguments.json else table(records))
+    if records or arguments.json:  # the page looks deeper into the folder than the table
+        print(record_json([row(record) for record in records]) if arguments.json else table(records))
+    if on_page:
+        _progress(arguments)(f"\n{printable(str(arguments.html))}: {on_page} runs")
     return 0
 
 
@@ -207,6 +251,32 @@ def _in_words(summary: dict[str, Any]) -> str:
         f"{summary['name']}: {ranks}, microbatches {summary['n_microbatches']}, stages {summary['n_stages']},"
         f" parameters {summary['parameters']:,}"
     )
+
+
+def _dry_run_in_words(record: dict[str, Any]) -> str:
+    layout, memory, flops = record["layout"], record["memory"], record["flops"]
+    parts = ("peak", "parameters", "gradients", "optimizer", "activations", "other")
+    lines = [
+        f"{record['recipe']['name']}: one step on {layout['world_size']} ranks ({short_layout(layout)}), not run",
+        "",
+        f"{'MiB':<11}" + "".join(f"{part:>13}" for part in parts),
+        *(
+            f"{'rank ' + str(row['rank']):<11}" + "".join(f"{row[f'{part}_bytes'] / 2**20:>13.3f}" for part in parts)
+            for row in memory["per_rank"]
+        ),
+        "",
+        f"{'sent by a rank':<36}{'calls':>8}{'MiB':>14}",
+        *(
+            f"{row['mesh_dim'] + ' ' + row['collective']:<36}{row['calls']:>8}"
+            + ("-" if row["bytes_per_rank"] is None else f"{row['bytes_per_rank'] / 2**20:.3f}").rjust(14)
+            for row in record["traffic"]
+        ),
+        "",
+        f"FLOPs per token: model {flops['model_flops_per_token']:,}, hardware "
+        + (f"{executed:,.0f}" if (executed := flops["hardware_flops_per_token"]) else "- (see --all-distinct-ranks)"),
+        memory["note"],
+    ]
+    return "\n".join(lines)
 
 
 def n_parameters(model: Model) -> int:

@@ -1,7 +1,7 @@
 """The folders of results: DIR/<name>/ of a run, and of a comparison, whose variants are runs in it.
 
     run          recipe.toml  record.json  steps.jsonl  logs/rank-<r>.log
-    comparison   comparison.json (the variants, in order)  table.txt  <variant>/
+    comparison   comparison.json (the variants, in order)  table.txt  page.html  <variant>/
 
 A folder that holds something else is refused, and no file but these is ever removed.
 """
@@ -15,7 +15,7 @@ from typing import Any
 from parallel.recipe import Recipe, RecipeError, check_name
 
 RUN_FILES = ("recipe.toml", "record.json", "steps.jsonl")
-COMPARISON_FILES = ("comparison.json", "table.txt")
+COMPARISON_FILES = ("comparison.json", "table.txt", "page.html")
 
 
 def refuse_other_folder(folder: Path, marks: tuple[str, ...]) -> None:
@@ -67,7 +67,8 @@ def prepare_comparison(folder: Path, name: str, variants: Sequence[str]) -> None
         for variant in {*variants, *variant_order(folder)}:
             remove_run(folder / variant)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "table.txt").unlink(missing_ok=True)
+        for file in ("table.txt", "page.html"):
+            (folder / file).unlink(missing_ok=True)
         listed = json.dumps({"name": name, "variants": list(variants)}, indent=1)
         (folder / "comparison.json").write_text(listed + "\n", encoding="utf-8")
     except OSError as error:

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,9 @@ def refuse_too_many(recipe: Recipe) -> None:
         )
 
 
-def supervise(recipe: Recipe, *, out: Path, echo: Callable[[str], None] | None = None) -> dict[str, Any]:
+def supervise(
+    recipe: Recipe, *, out: Path, echo: Callable[[str], None] | None = None, peak_flops: float | None = None
+) -> dict[str, Any]:
     """Runs `recipe` in out/<name>/ and returns its record, whatever came of it; `echo` gets what rank 0 prints.
 
     Raises RecipeError where the folder cannot be used, and Interrupted, with the record written, where SIGINT, SIGTERM
@@ -95,13 +97,14 @@ def supervise(recipe: Recipe, *, out: Path, echo: Callable[[str], None] | None =
     folder = out / recipe.name
     prepare_run(folder)
     (folder / "recipe.toml").write_text(recipe_toml(recipe), encoding="utf-8")
+    options = [] if peak_flops is None else ["--peak-flops", repr(peak_flops)]
     ranks: list[Rank] = []
     failure: tuple[str, str] | None = None
     with _signals() as received:
         try:
             with _free_port() as port:
                 for rank in range(recipe.world_size):
-                    ranks.append(_start(rank, recipe.world_size, port, folder))
+                    ranks.append(_start(rank, recipe.world_size, port, folder, options))
                 failure = _watch(ranks, recipe.train.time_limit_seconds, received, echo)
         except BaseException as error:
             whose = "the launcher" if len(ranks) == recipe.world_size else f"the start of rank {len(ranks)}"
@@ -118,7 +121,7 @@ def supervise(recipe: Recipe, *, out: Path, echo: Callable[[str], None] | None =
 # ---- starting ------------------------------------------------------------------------------------------------------
 
 
-def _start(rank: int, world_size: int, port: int, folder: Path) -> Rank:
+def _start(rank: int, world_size: int, port: int, folder: Path, options: Sequence[str]) -> Rank:
     """Rank 0 prints to a pipe, which the supervisor copies to its log; all else goes to the rank's log directly."""
     root = str(Path(launch.__path__[0]).parent)
     environment = {"OMP_NUM_THREADS": "1", **os.environ} | {
@@ -133,6 +136,7 @@ def _start(rank: int, world_size: int, port: int, folder: Path) -> Rank:
     }
     # -P: a folder called `parallel` where the user happens to be is not ours.
     command = [sys.executable, "-P", "-m", "launch.train", str(folder / "recipe.toml"), "--out", str(folder.parent)]
+    command += options
     log = folder / "logs" / f"rank-{rank}.log"
     with open(log, "ab") as file:
         process = subprocess.Popen(

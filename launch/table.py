@@ -14,20 +14,23 @@ SHORT = {"pp": "pp", "dp_replicate": "dp", "dp_shard": "fsdp", "cp": "cp", "tp":
 # head (two lines), key of `row`, alignment
 COLUMNS = (
     ("", "name", "name", "<"),
-    ("", "status", "status", "<"),
     ("", "layout", "layout", "<"),
     ("", "loss", "loss", ">"),
-    ("step s", "median", "step_median", ">"),
-    ("step s", "p90", "step_p90", ">"),
-    ("tokens", "/s", "tokens_per_s", ">"),
+    ("step", "s", "step_median", ">"),
     ("CPU s", "/step", "cpu_seconds_per_step", ">"),
+    ("MFU", "%", "mfu", ">"),
+    ("causal", "%", "mfu_causal", ">"),
+    ("HFU", "%", "hfu", ">"),
+    ("peak", "MiB", "peak_bytes", ">"),
     ("grad", "diff", "max_rel_grad_diff", ">"),
     ("loss", "diff", "max_abs_loss_diff", ">"),
     ("", "parity", "parity", "<"),
 )
 LEGEND = (
     "layout: ranks of the pipeline (pp), replicas (dp), weight shards (fsdp), context (cp) and tensor (tp)."
-    " loss: of the last step. step s: wall time of a step, warm-up excluded. CPU s: of all ranks together."
+    " loss: of the last step. step s: median wall time of a step, warm-up excluded. CPU s: of all ranks together."
+    " MFU: the model's FLOPs over the peak, attention counted in full; causal: by half; HFU: the FLOPs that ran."
+    " peak: live tensors of the fullest rank."
     " grad diff: the largest ‖g − g_ref‖ / ‖g_ref‖ of any parameter in step 1; loss diff: |loss − loss_ref| there;"
     " both in float64. passed: grad diff is at most 1e-10."
 )
@@ -49,6 +52,8 @@ def row(record: Mapping[str, Any]) -> dict[str, Any]:
         "step_seconds": {key: _number(throughput["step_seconds"][key]) for key in ("median", "p10", "p90")},
         "tokens_per_s": _number(throughput["tokens_per_s"]),
         "cpu_seconds_per_step": _number(throughput["cpu_seconds_per_step"]),
+        **{key: _number(record["flops"][key]) for key in ("mfu", "mfu_causal", "hfu")},
+        "peak_bytes": _number(record["memory"]["max_peak_bytes"]),
         "max_rel_grad_diff": _number(parity["max_rel_grad_diff"]),
         "max_abs_loss_diff": _number(parity["max_abs_loss_diff"]),
         "passed": parity["passed"] if isinstance(parity["passed"], bool) else None,
@@ -69,7 +74,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     cells += [_cells(row(record)) for record in records]
     widths = [max(len(line[column]) for line in cells) for column in range(len(COLUMNS))]
     gap = 2 if sum(widths) + 2 * (len(widths) - 1) <= WIDTH else 1
-    for column in (0, 2):  # a long name gives way first, then a long layout
+    for column in (0, 1):  # a long name gives way first, then a long layout
         too_wide = sum(widths) + gap * (len(widths) - 1) - WIDTH
         widths[column] -= max(0, min(too_wide, widths[column] - 10))
     lines = []
@@ -94,7 +99,12 @@ def progress_line(record: Mapping[str, Any]) -> str:
 def _cells(shown: Mapping[str, Any]) -> list[str]:
     step = shown["step_seconds"]
     parity = {True: "passed", False: "FAILED", None: "-"}[shown["passed"]]
-    extra = {"step_median": step["median"], "step_p90": step["p90"], "parity": parity}
+    extra = {
+        "step_median": step["median"],
+        "parity": parity if shown["status"] == "ok" else shown["status"],  # the reason stands below the table
+        **{key: None if shown[key] is None else 100 * shown[key] for key in ("mfu", "mfu_causal", "hfu")},
+        "peak_bytes": None if shown["peak_bytes"] is None else shown["peak_bytes"] / 2**20,
+    }
     return [_cell(key, {**shown, **extra}[key]) for _, _, key, _ in COLUMNS]
 
 
@@ -151,11 +161,12 @@ def _compared(records: Sequence[Mapping[str, Any]]) -> str:
         found = list(dict.fromkeys(str(table[key])[:80] for table in tables if table.get(key) is not None))
         return " / ".join(found[:4]) + (" / ..." if len(found) > 4 else "") if found else "?"
 
-    parts = [record["recipe"] | {key: record[key] for key in ("environment", "parity")} for record in records]
+    parts = [record["recipe"] | {key: record[key] for key in ("environment", "flops", "parity")} for record in records]
     return (
         f"Model {each('model', 'preset')} ({each('model', 'n_layers')} layers, d_model {each('model', 'd_model')}),"
         f" {each('train', 'dtype')}, global batch {each('train', 'global_batch')} sequences of"
         f" {each('train', 'seq_len')} tokens, {each('train', 'steps')} steps, on {each('environment', 'device')}"
         f" (host: {each('environment', 'cores')} cores of {each('environment', 'cpu')}),"
-        f" torch {each('environment', 'torch')}. Parity against {each('parity', 'reference')}."
+        f" torch {each('environment', 'torch')}. Peak: {each('flops', 'peak_source')}."
+        f" Parity against {each('parity', 'reference')}."
     )

@@ -2,9 +2,19 @@
 
 import argparse
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
+
+from parallel.recipe import RecipeError
+
+PEAK_HELP = "dense FLOP/s of one rank's device, as 989e12, for MFU where its datasheet is not known"
+
+
+def check_peak_flops(peak_flops: float | None) -> None:
+    if peak_flops is not None and not 0 < peak_flops < math.inf:
+        raise RecipeError("--peak-flops", peak_flops, "give the dense FLOP/s of one device, as 989e12")
 
 
 class CommandError(ValueError):

@@ -61,12 +61,20 @@ class Assembled:
         clip_gradients((parameter for _, parameter in self.named_parameters()), norm=norm, largest=largest)
 
 
-def assemble(recipe: Recipe, *, mesh: DeviceMesh, device: torch.device) -> Assembled:
+def assemble(
+    recipe: Recipe,
+    *,
+    mesh: DeviceMesh,
+    device: torch.device,
+    load: Callable[[Transformer, Recipe, torch.device], None] | None = None,
+) -> Assembled:
     """Splits the recipe's model over `mesh` (see build_mesh) and gives this rank its part, with initial weights.
 
     `forward_backward(tokens, targets)` takes what this rank's replica trains on in one step, int64 (replica_batch,
     seq_len) on `device`; it leaves the gradient of the mean loss of the global batch in each parameter's .grad, and
     returns that loss, on every rank.
+
+    load: moves a stage from meta to the device, in place of load_initial_weights.
     """
     parallel, train = recipe.parallel, recipe.train
     compute_dtype = DTYPES[train.dtype]
@@ -95,7 +103,7 @@ def assemble(recipe: Recipe, *, mesh: DeviceMesh, device: torch.device) -> Assem
                 reshard_after_forward=recipe.sharding.reshard_after_forward,
                 prefetch=recipe.sharding.prefetch,
             )
-        load_initial_weights(stage, recipe, device)
+        (load or load_initial_weights)(stage, recipe, device)
 
     buckets = None
     if not sharded and mesh["data"].size() > 1:
@@ -112,9 +120,7 @@ def assemble(recipe: Recipe, *, mesh: DeviceMesh, device: torch.device) -> Assem
 @torch.no_grad()
 def load_initial_weights(model: Transformer, recipe: Recipe, device: torch.device) -> None:
     """Moves `model` from meta to `device` and fills this rank's part of each weight."""
-    model.to_empty(device=device)
-    if recipe.model.tied_embeddings and model.embedding is not None and model.output is not None:
-        model.output.weight = model.embedding.weight  # to_empty made them two
+    load_no_weights(model, recipe, device)
     model.rotary.reset_buffers()
     for name, parameter in model.named_parameters():
         whole = initial_weight(
@@ -125,6 +131,13 @@ def load_initial_weights(model: Transformer, recipe: Recipe, device: torch.devic
             device=device,
         )
         local_part(parameter).copy_(slice_like(whole, parameter))
+
+
+def load_no_weights(model: Transformer, recipe: Recipe, device: torch.device) -> None:
+    """Moves `model` from meta to `device`, and leaves its weights and tables as the memory happens to be."""
+    model.to_empty(device=device)
+    if recipe.model.tied_embeddings and model.embedding is not None and model.output is not None:
+        model.output.weight = model.embedding.weight  # to_empty made them two
 
 
 def _forward_backward(

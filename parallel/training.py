@@ -1,6 +1,8 @@
 """One rank's run: prove the layout, train, record."""
 
+import functools
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,28 +12,37 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from parallel.assemble import assemble
+from parallel.assemble import DTYPES, assemble
 from parallel.corpus import Corpus, open_corpus
 from parallel.measure.clock import WARM_UP_STEPS, Clock, spread, steady
+from parallel.measure.flops import flops_section
+from parallel.measure.hardware import Peak, matmul_ceiling, peak_of_rank
+from parallel.measure.memory import memory_section
 from parallel.measure.parity import TOLERANCE, compare_with_reference, parity_recipe, reference_gradients
 from parallel.measure.record import new_record, write_record
 from parallel.mesh import build_mesh
 from parallel.process import choose_device, process_group
 from parallel.recipe import Recipe, RecipeError
+from parallel.step import Measures, largest_traffic, make_optimizer, measured_step, train_step
+
+MEASURED_STEP = 1  # the second: the optimizer has its state by then, and no time is taken of a warm-up step
 
 
-def train(recipe: Recipe, *, out: Path) -> dict[str, Any] | None:
+def train(recipe: Recipe, *, out: Path, peak_flops: float | None = None) -> dict[str, Any] | None:
     """Runs `recipe` as one rank of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them.
 
     Rank 0 prints a line per step, appends it to out/steps.jsonl, and writes out/record.json, which it also returns.
+    peak_flops: of one rank's device, FLOP/s, where its datasheet peak is not known or not what is wanted.
     Raises RecipeError for what only the host can tell: no such device, no such data.
     """
     device = choose_device(recipe)
     with process_group(device, timeout_seconds=recipe.train.time_limit_seconds):
-        return _train(recipe, out=out, device=device)
+        return _train(recipe, out=out, device=device, given_peak_flops=peak_flops)
 
 
-def _train(recipe: Recipe, *, out: Path, device: torch.device) -> dict[str, Any] | None:
+def _train(
+    recipe: Recipe, *, out: Path, device: torch.device, given_peak_flops: float | None = None
+) -> dict[str, Any] | None:
     corpus = _open(recipe)
     _refuse_different_data(recipe, corpus)
     mesh = build_mesh(recipe, device.type)
@@ -46,25 +57,20 @@ def _train(recipe: Recipe, *, out: Path, device: torch.device) -> dict[str, Any]
     if recipe.train.parity:
         record["parity"] = prove(recipe, mesh=mesh, device=device)
 
+    ceiling = _ceiling(recipe, device)
     model = assemble(recipe, mesh=mesh, device=device)
-    optimizer = torch.optim.AdamW(
-        [parameter for _, parameter in model.named_parameters()],
-        lr=recipe.train.learning_rate,
-        weight_decay=recipe.train.weight_decay,
-        fused=recipe.train.adamw == "fused",
-        foreach=recipe.train.adamw == "foreach",
-    )
+    optimizer = make_optimizer(model)
     rows = rows_of_replica(recipe, mesh)
+    measures: Measures | None = None
     steps: list[dict[str, Any]] = []
     cpu_seconds: list[float] = []
     clock = Clock(device)
     for step in range(recipe.train.steps):
-        model.zero_gradients()
-        loss = model.forward_backward(*token_batch(corpus, recipe, step, rows, device))
-        norm = model.gradient_norm()
-        if recipe.train.grad_clip:
-            model.clip_gradients(norm=norm, largest=recipe.train.grad_clip)
-        optimizer.step()
+        batch = token_batch(corpus, recipe, step, rows, device)
+        if step == MEASURED_STEP:
+            loss, norm, measures = measured_step(model, optimizer, *batch)
+        else:
+            loss, norm = train_step(model, optimizer, *batch)
         seconds, cpu = clock.lap()
         cpu_seconds.append(cpu)
         steps.append({"step": step + 1, "loss": loss.item(), "grad_norm": norm.item(), "seconds": seconds})
@@ -72,6 +78,16 @@ def _train(recipe: Recipe, *, out: Path, device: torch.device) -> dict[str, Any]
 
     record["steps"] = steps
     record["throughput"] = _throughput(recipe, steps, cpu_seconds)
+    if device.type == "cpu":  # whatever else runs on the machine can only slow a product down
+        ceiling = max(ceiling, _ceiling(recipe, device))
+    peak = peak_of_rank(
+        device,
+        recipe.train.dtype,
+        matmul_ceiling_flops=ceiling,
+        local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", recipe.world_size)),
+        given_flops=given_peak_flops,
+    )
+    record |= _counted(recipe, measures, record["throughput"]["step_seconds"]["median"], peak, ceiling)
     record["status"] = "ok"
     if dist.get_rank() != 0:
         return None
@@ -144,6 +160,38 @@ def _throughput(recipe: Recipe, steps: list[dict[str, Any]], cpu_seconds: list[f
         "step_seconds": seconds,
         "cpu_seconds_per_step": sum(all_cpu_seconds) / n_steady if n_steady else None,
     }
+
+
+def _counted(
+    recipe: Recipe, measures: Measures | None, step_seconds: float | None, peak: Peak, ceiling: float
+) -> dict[str, Any]:
+    """The sections flops, memory and traffic, from what each rank counted in the measured step."""
+    counted: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(counted, measures)
+    section = functools.partial(
+        flops_section,
+        recipe,
+        hardware_flops_per_step=sum(rank.flops for rank in counted) if measures else None,
+        step_seconds=step_seconds,
+        matmul_ceiling_flops=ceiling,
+    )
+    try:
+        sections: dict[str, Any] = {"flops": section(peak=peak)}
+    except ValueError as error:  # more ran than the peak allows: then no share of it is worth a number
+        _say(f"flops: {error}")
+        sections = {"flops": section(peak=Peak(None, str(error)))}
+    if measures and measures.memory:
+        per_rank = [{"rank": rank, **theirs.memory} for rank, theirs in enumerate(counted)]
+        sections["memory"] = memory_section(per_rank, step=MEASURED_STEP + 1)
+        sections["traffic"] = largest_traffic([rank.traffic for rank in counted])
+    return sections
+
+
+def _ceiling(recipe: Recipe, device: torch.device) -> float:
+    """FLOP/s of the fastest matrix product, measured by rank 0 while the others wait."""
+    measured = [matmul_ceiling(device, DTYPES[recipe.train.dtype]) if dist.get_rank() == 0 else 0.0]
+    dist.broadcast_object_list(measured, src=0, device=device)
+    return measured[0]
 
 
 def _report_step(recipe: Recipe, step: dict[str, Any], out: Path) -> None:

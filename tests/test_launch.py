@@ -51,7 +51,7 @@ def book(pid):
     with open(os.environ["PIDS"], "a") as file:
         file.write(f"{pid}\\n")
 
-def train(recipe, *, out):
+def train(recipe, *, out, peak_flops=None):
     book(os.getpid())
     print(f"rank {RANK} of {os.environ['WORLD_SIZE']}, threads {os.environ['OMP_NUM_THREADS']}", flush=True)
     if RANK == 0:
@@ -404,12 +404,14 @@ def test_a_rank_that_is_killed_is_a_row_with_its_reason_and_the_other_variants_r
         text.write('[[variant]]\nname = "odd"\nset = { "model.n_heads" = 5 }\nexpect = "refused"\n')
     code, out, err = lab("compare", file)
     assert (code, err) == (1, "")
-    rows = [line.split()[:2] for line in out.splitlines() if line.startswith(("zebra ", "killed", "ant ", "odd "))]
-    assert rows[:4] == [["zebra", "ok"], ["killed-rank-1", "failed"], ["ant", "ok"], ["odd", "refused"]]
+    rows = [line.split() for line in out.splitlines() if line.startswith(("zebra ", "killed", "ant ", "odd "))]
+    ends = [(row[0], row[-1]) for row in rows[:4]]
+    assert ends == [("zebra", "passed"), ("killed-rank-1", "failed"), ("ant", "passed"), ("odd", "refused")]
     assert "[2/4] killed-rank-1  (0:0" in out and "about 0:0" in out
     assert "killed-rank-1: failed: rank 1 was killed by SIGKILL" in out and "    last words" in out
     assert "odd: refused: model.n_heads = 5: does not divide model.d_model = 128" in out
-    assert out.splitlines()[-1] == "runs/trio/table.txt"
+    assert out.splitlines()[-2:] == ["runs/trio/table.txt", "runs/trio/page.html"]
+    assert "killed-rank-1" in (lab.folder / "runs" / "trio" / "page.html").read_text()
     saved = (lab.folder / "runs" / "trio" / "table.txt").read_text()
     assert saved in out and max(map(len, saved.splitlines())) <= WIDTH
     code, report, _ = lab("report", "runs/trio")
@@ -425,7 +427,7 @@ def test_a_rank_that_is_killed_is_a_row_with_its_reason_and_the_other_variants_r
     code, out, _ = lab("compare", file, "--json")
     assert code == 0 and [shown["name"] for shown in json.loads(out)] == ["bee", "ant", "odd"]
     left = sorted(str(path.relative_to(lab.folder / "runs" / "trio")) for path in lab.folder.glob("runs/trio/*"))
-    assert left == ["ant", "bee", "comparison.json", "odd", "table.txt", "zebra"]
+    assert left == ["ant", "bee", "comparison.json", "odd", "page.html", "table.txt", "zebra"]
     assert [path.name for path in (lab.folder / "runs" / "trio" / "zebra").iterdir()] == ["notes.txt"]
 
 
@@ -523,14 +525,14 @@ def test_settings_may_be_written_either_way_and_the_command_line_has_the_last_wo
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ([], "give a command: check, run, compare, report"),
+        ([], "give a command: check, run, dry-run, compare, report"),
         (["chekc", "base.toml"], "unknown command 'chekc'; did you mean check?"),
-        (["dry-run", "base.toml"], "unknown command 'dry-run'; known: check, run, compare, report"),
+        (["submit", "base.toml"], "unknown command 'submit'; known: check, run, dry-run, compare, report"),
         (["run"], "the following arguments are required: RECIPE"),
         (["run", "base.toml", "--sett", "a=b"], "unknown argument '--sett' of lab run; did you mean --set?"),
         (
             ["run", "base.toml", "--resume"],
-            "unknown argument '--resume' of lab run; known: --json, --nproc, --out, --set",
+            "unknown argument '--resume' of lab run; known: --json, --nproc, --out, --peak-flops, --set",
         ),
         (["check", "base.toml", "--out", "x"], "unknown argument '--out' of lab check; known: --json, --set"),
         (["run", "base.toml", "second\nline\x1b[31m"], "unknown argument 'second\\nline\\x1b[31m'"),
@@ -655,6 +657,8 @@ def measured(name: str, **changes: Any) -> dict[str, Any]:
         **{"tokens_per_s": 12345.6, "tokens_per_s_per_rank": 1543.2, "cpu_seconds_per_step": 1.234},
         "step_seconds": {"median": 0.4567, "p10": 0.4, "p90": 0.5123},
     }
+    record["flops"] |= {"mfu": 0.4567, "mfu_causal": 0.401, "hfu": 0.41}
+    record["memory"]["max_peak_bytes"] = 300 * 2**20
     record["parity"] |= {"max_rel_grad_diff": 1.234e-15, "max_abs_loss_diff": 2e-16, "passed": True}
     return record | changes
 
@@ -664,9 +668,10 @@ def test_a_row_shows_what_was_measured_and_a_dash_for_what_was_not() -> None:
     assert (shown["loss"], shown["grad_norm"], shown["layout"]) == (4.25, 1.5, "pp2·fsdp2·tp2")
     text = table([measured("mix"), new_record({"name": "nothing"}) | {"status": "ok"}]).splitlines()
     assert text[3].split() == [
-        *("mix", "ok", "pp2·fsdp2·tp2", "4.2500", "0.457", "0.512", "12346", "1.23", "1.2e-15", "2.0e-16", "passed")
+        *("mix", "pp2·fsdp2·tp2", "4.2500", "0.457", "1.23", "45.7", "40.1", "41.0", "300"),
+        *("1.2e-15", "2.0e-16", "passed"),
     ]
-    assert text[4].split() == ["nothing", "ok", *"-" * 9]
+    assert text[4].split() == ["nothing", *"-" * 11]
 
 
 def test_a_table_is_at_most_a_hundred_columns_wide_whatever_is_in_it() -> None:

@@ -9,7 +9,6 @@ backward passes that a pipeline schedule cuts in two, and a switch that puts all
 from collections.abc import Iterable
 from functools import partial
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -80,7 +79,7 @@ class _Bucket:
         self.work: dist.Work | None = None
         parts = [local_part(parameter.detach()) for parameter in parameters]
         assert len({part.dtype for part in parts}) == 1
-        self.gradients = torch.zeros(sum(part.numel() for part in parts), dtype=parts[0].dtype, device=parts[0].device)
+        self.gradients = parts[0].new_zeros(sum(part.numel() for part in parts))
         for parameter, view in zip(parameters, self.gradients.split([part.numel() for part in parts]), strict=True):
             parameter.grad = _like(parameter, view)
 

@@ -1,0 +1,275 @@
+"""The page: one HTML file that shows a folder of results, offline, with everything it needs inside.
+
+A record is data from anywhere. What the page shows of it is picked here, key by key, as numbers or as text; page.js
+inserts text as text, and the Content-Security-Policy lets no script run but page.js and no request leave the page.
+"""
+
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from launch.folder import variant_order
+from launch.table import short_layout
+from parallel.measure.record import read_record
+
+DEEPEST = 3  # folders below the one that is given, as in machine or date / comparison / variant
+MOST_STEPS = 500  # points of a loss curve; of a longer run, evenly spaced ones and the last
+MOST_ACTIONS = 20_000  # of a pipeline's timeline
+LONGEST_TEXT = 4000  # characters of one text in a record; a reason holds the end of a log
+
+MEMORY = ("parameters", "gradients", "optimizer", "activations", "other", "allocator_peak")  # <name>_bytes in a record
+FLOPS = (
+    *("model_flops_per_token", "model_flops_per_token_causal", "hardware_flops_per_token"),
+    *("mfu", "mfu_causal", "hfu", "peak_flops", "matmul_ceiling_flops"),
+)
+TIMELINE_NUMBERS = ("rank", "stage", "microbatch", "start_seconds", "end_seconds")
+
+
+def write_page(directory: str | Path, file: str | Path) -> int:
+    """Writes the page of all results in and below `directory` to `file`; the number of runs on it.
+
+    Where there are none it writes nothing. Raises OSError where the file cannot be written.
+    """
+    directory = Path(directory)
+    found = find_records(directory)
+    if found:
+        text = page_html(directory.resolve().name or "results", found)
+        Path(file).write_text(text, encoding="utf-8")
+    return len(found)
+
+
+def find_records(directory: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(folder below `directory` with "/" between, record), the variants of a comparison in its order."""
+    found: list[tuple[str, dict[str, Any]]] = []
+
+    def search(folder: Path, below: tuple[str, ...]) -> None:
+        if (folder / "record.json").is_file():
+            found.append(("/".join(below) or folder.resolve().name, read_record(folder / "record.json")))
+        elif len(below) < DEEPEST and folder.is_dir():
+            order = {name: number for number, name in enumerate(variant_order(folder))}
+            inner = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+            for path in sorted(inner, key=lambda path: (order.get(path.name, len(order)), path.name)):
+                search(path, (*below, path.name))
+
+    search(directory, ())
+    return found
+
+
+def page_html(title: str, found: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """The whole page. title: plain text; found: unique identifiers with "/" between folders, and their records."""
+    assets = files("launch") / "page"
+    style, script, text = (
+        (assets / name).read_text(encoding="utf-8") for name in ("page.css", "page.js", "template.html")
+    )
+    policy = (
+        f"default-src 'none'; script-src '{_sha256(script)}'; style-src '{_sha256(style)}'; img-src data:;"
+        " base-uri 'none'; form-action 'none'"
+    )
+    # The data last: a placeholder can hide in no record, for the data has no "<" ...
+    data = json.dumps({"title": title, **page_data(found)}, separators=(",", ":"), allow_nan=False)
+    for placeholder, value in (
+        ("<!-- TITLE -->", html.escape(title)),
+        ("<!-- POLICY -->", policy),
+        ("/* STYLE */", style),
+        ("/* SCRIPT */", script),
+        # ... and so closes no <script>. json.dumps writes other alphabets, and halves of characters, as \uXXXX.
+        ("/* DATA */", data.replace("<", "\\u003c")),
+    ):
+        text = text.replace(placeholder, value)
+    return text
+
+
+def _sha256(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+# ---- what the page knows of a record -------------------------------------------------------------------------------
+
+
+def page_data(found: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """{groups: [{comparison, hardware}], runs: [...]}: runs of one comparison on one kind of machine are a group."""
+    runs = [_run(identifier, record) for identifier, record in found]
+    machines: dict[str, set[str]] = {}  # of each comparison
+    predictions = {}
+    for run, (_, record) in zip(runs, found, strict=True):
+        if run["hardware"]:
+            machines.setdefault(run["comparison"], set()).add(run["hardware"])
+        if run["kind"] == "dry-run" and run["memory"]:
+            predictions[_what_was_run(record)] = run["memory"]
+    for run, (_, record) in zip(runs, found, strict=True):
+        if not run["hardware"]:  # refused before it chose a device: it belongs with the rest of its comparison
+            known = machines.get(run["comparison"], set())
+            run["hardware"] = min(known) if len(known) == 1 else _cpu(record["environment"])
+        run["predicted_memory"] = None if run["kind"] == "dry-run" else predictions.get(_what_was_run(record))
+    groups: dict[tuple[str, str], int] = {}
+    for run in sorted(runs, key=lambda run: run["kind"] == "dry-run"):  # groups of dry runs alone come last
+        run["group"] = groups.setdefault((run["comparison"], run["hardware"]), len(groups))
+    return {"groups": [{"comparison": c, "hardware": h} for c, h in groups], "runs": runs}
+
+
+def _run(identifier: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows of a record: every number a finite number or None, every text a str or None."""
+    recipe, flops, parity = record["recipe"], record["flops"], record["parity"]
+    throughput, pipeline = record["throughput"], record["pipeline"]
+    last = record["steps"][-1] if record["steps"] else {}
+    passed = parity["passed"]
+    return {
+        "id": identifier,
+        "comparison": identifier.rpartition("/")[0],
+        "name": _text(recipe.get("name")) or identifier,
+        "status": record["status"],
+        "reason": _text(record["reason"]),
+        "kind": record["kind"] or "measured",
+        "layout": short_layout(record["layout"]),
+        "world_size": _number(record["layout"]["world_size"]),
+        "shape": _shape(recipe),
+        "hardware": _hardware(record["environment"]),
+        "loss": _number(last.get("loss")),
+        "steps": _steps(record["steps"]),
+        "parity": {
+            "max_rel_grad_diff": _number(parity["max_rel_grad_diff"]),
+            "max_abs_loss_diff": _number(parity["max_abs_loss_diff"]),
+            "passed": passed if isinstance(passed, bool) else None,
+            "reference": _text(parity["reference"]),
+            "dtype": _text(parity["dtype"]),
+        },
+        "tokens_per_s": _number(throughput["tokens_per_s"]),
+        "tokens_per_s_per_rank": _number(throughput["tokens_per_s_per_rank"]),
+        "cpu_seconds_per_step": _number(throughput["cpu_seconds_per_step"]),
+        "step_seconds": {key: _number(throughput["step_seconds"][key]) for key in ("median", "p10", "p90")},
+        "step_parts": _numbers(throughput.get("step_parts")),
+        "flops": {key: _number(flops[key]) for key in FLOPS}
+        | {key: _text(flops[key]) for key in ("definition", "peak_source")},
+        "memory": _memory(record["memory"]),
+        "traffic": _traffic(record["traffic"]),
+        "bubble": _number(pipeline["bubble_fraction"]),
+        "bubble_ideal": _number(pipeline["bubble_fraction_ideal"]),
+        "timeline": _timeline(pipeline.get("timeline")),
+        "recipe": _plain(recipe),
+        "environment": _plain(record["environment"]),
+    }
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 else None
+
+
+def _numbers(value: Any) -> dict[str, float] | None:
+    """The numbers of a table, by key; None where there is none."""
+    table = value if isinstance(value, dict) else {}
+    return {_text(key) or "": number for key, item in table.items() if (number := _number(item)) is not None} or None
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)[:LONGEST_TEXT]
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """Any JSON, with texts cut to a length and not nested deeper than a recipe is."""
+    if isinstance(value, dict) and depth < 3:
+        return {_text(key): _plain(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list) and depth < 3:
+        return [_plain(item, depth + 1) for item in value[:1000]]
+    number = _number(value)
+    return value if value is None or isinstance(value, bool) else _text(value) if number is None else number
+
+
+def _rows(value: Any) -> list[dict[str, Any]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _steps(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """{of: steps there were, step: [...], loss: [...]}, at most MOST_STEPS of them."""
+    points = [(_number(step.get("step")), _number(step.get("loss"))) for step in steps]
+    known = [point for point in points if None not in point]
+    if len(known) > MOST_STEPS:
+        known = known[:: -(-len(known) // MOST_STEPS)] + known[-1:]
+    return {"of": len(steps), "step": [step for step, _ in known], "loss": [loss for _, loss in known]}
+
+
+def _memory(memory: Mapping[str, Any]) -> dict[str, Any] | None:
+    """{largest, smallest, ranks}: the ranks of the highest and the lowest peak; None where no peak was measured."""
+    per_rank: list[dict[str, Any]] = [
+        {
+            "rank": _number(row.get("rank")),
+            "peak_bytes": peak,
+            **{key: _number(row.get(f"{key}_bytes")) for key in MEMORY},
+        }
+        for row in _rows(memory["per_rank"])
+        if (peak := _number(row.get("peak_bytes"))) is not None
+    ]
+    if per_rank:
+        by_peak = sorted(per_rank, key=lambda row: row["peak_bytes"])
+        return {"largest": by_peak[-1], "smallest": by_peak[0], "ranks": len(per_rank)}
+    most, least = _number(memory["max_peak_bytes"]), _number(memory["min_peak_bytes"])
+    if most is None:
+        return None
+    unsplit = {"rank": None, **dict.fromkeys(MEMORY)}
+    smallest = unsplit | {"peak_bytes": least} if least is not None else None
+    return {"largest": unsplit | {"peak_bytes": most}, "smallest": smallest, "ranks": None}
+
+
+def _traffic(traffic: Any) -> list[dict[str, Any]] | None:
+    """None where traffic was not measured; an empty list where nothing was sent."""
+    if not isinstance(traffic, list):
+        return None
+    return [
+        {key: _text(row.get(key)) or "unknown" for key in ("mesh_dim", "collective")}
+        | {key: _number(row.get(key)) for key in ("calls", "bytes_per_rank")}
+        for row in _rows(traffic)
+    ]
+
+
+def _timeline(timeline: Any) -> list[dict[str, Any]] | None:
+    actions = [
+        {key: _number(row.get(key)) for key in TIMELINE_NUMBERS} | {"action": _text(row.get("action")) or "unknown"}
+        for row in _rows(timeline)[:MOST_ACTIONS]
+    ]
+    return [a for a in actions if None not in (a["rank"], a["start_seconds"], a["end_seconds"])] or None
+
+
+def _section(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = recipe.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _shape(recipe: Mapping[str, Any]) -> str:
+    """Model, precision and batch, in words: what makes two runs' speeds comparable."""
+    model, train = _section(recipe, "model"), _section(recipe, "train")
+    name = model.get("preset", "tiny") if model.get("preset") != "none" else "own model"
+    layers, width = model.get("n_layers"), model.get("d_model")
+    shape = f" ({layers} layers, d_model {width})" if layers and width else ""
+    batch, length = train.get("global_batch"), train.get("seq_len")
+    tokens = f", {batch} × {length} tokens" if batch and length else ""
+    return f"{name}{shape}, {train.get('dtype', 'float32')}{tokens}"[:200]
+
+
+def _what_was_run(record: Mapping[str, Any]) -> str:
+    """The same for a run and for its dry run: the recipe, less what changes no byte of memory."""
+    told = {key: value for key, value in record["recipe"].items() if key not in ("data", "checkpoint")}
+    changes_nothing = ("steps", "seed", "learning_rate", "device", "parity", "time_limit_seconds")
+    train = {key: value for key, value in _section(told, "train").items() if key not in changes_nothing}
+    return json.dumps(told | {"train": train}, sort_keys=True, default=str)
+
+
+def _hardware(environment: Mapping[str, Any]) -> str | None:
+    """As "8 × NVIDIA H200" or "AMD EPYC, 2 cores": of one host. None where the run had chosen no device yet."""
+    device, accelerators = environment["device"], environment["accelerators"]
+    if device is None:
+        return None
+    if str(device).startswith("cpu") or not isinstance(accelerators, list) or not accelerators:
+        return _cpu(environment)
+    names = [str(name)[:100] for name in accelerators]
+    kinds = dict.fromkeys(names)
+    return ", ".join(f"{names.count(kind)} × {kind}" if names.count(kind) > 1 else kind for kind in kinds)
+
+
+def _cpu(environment: Mapping[str, Any]) -> str:
+    cpu, cores = environment["cpu"], _number(environment["cores"])
+    name = str(cpu)[:100] if cpu else "unknown processor"
+    return f"{name}, {cores:.0f} cores" if cores else name

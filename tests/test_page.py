@@ -1,0 +1,596 @@
+"""The page, in a real headless Chromium without a network: what it shows, and what it never does."""
+
+import copy
+import functools
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+from layouts import small_recipe
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+
+from launch.cli import main
+from launch.page import find_records, page_data, page_html, write_page
+from parallel.measure.record import new_record, write_record
+
+CHARTS = ("utilisation", "speed", "memory", "traffic", "step", "parity", "loss", "bubble", "timeline")
+GENTLE = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+Record = dict[str, Any]
+Open = Callable[..., Page]
+
+
+# ---- records -------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _ended_well(**parallel: int) -> Record:
+    return new_record(small_recipe(train=dict(micro_batch=1), parallel=parallel)) | {"status": "ok"}
+
+
+def empty_record(name: str, **parallel: int) -> Record:
+    """A run that ended well and measured nothing."""
+    record = copy.deepcopy(_ended_well(**parallel))
+    record["recipe"]["name"] = name
+    record["environment"] |= {
+        "device": "cpu",
+        "cpu": "Test CPU",
+        "cores": 2,
+        "accelerators": [],
+        "git_commit": "a" * 40,
+    }
+    return record
+
+
+def complete_record(name: str, factor: float = 1.0, **parallel: int) -> Record:
+    """A run with every key of the contract filled; `factor` tells runs apart."""
+    record = empty_record(name, **parallel)
+    ranks = record["layout"]["world_size"]
+    record["steps"] = [
+        {"step": n, "loss": 4.0 / n, "grad_norm": 1.0 / n, "seconds": 0.25 * factor} for n in range(1, 21)
+    ]
+    record["parity"] = {
+        "reference": "one process, same model and batch",
+        "dtype": "float64",
+        "max_rel_grad_diff": 3.5e-16 * factor,
+        "max_abs_loss_diff": 8.9e-16,
+        "passed": True,
+    }
+    record["throughput"] = {
+        "tokens_per_s": 512 / factor,
+        "tokens_per_s_per_rank": 512 / factor / ranks,
+        "step_seconds": {"median": 0.25 * factor, "p10": 0.2 * factor, "p90": 0.4 * factor},
+        "cpu_seconds_per_step": 0.5 * factor,
+        "step_parts": {"compute": 0.18 * factor, "communication": 0.05 * factor, "idle": 0.02 * factor},
+    }
+    record["flops"] = {
+        "definition": "PaLM, appendix B",
+        "model_flops_per_token": 1.25e6,
+        "model_flops_per_token_causal": 1.2e6,
+        "hardware_flops_per_token": 1.6e6,
+        "mfu": 0.42 / factor,
+        "mfu_causal": 0.4 / factor,
+        "hfu": 0.53 / factor,
+        "peak_flops": 989e12,
+        "peak_source": "datasheet of the device",
+        "matmul_ceiling_flops": 791.2e12,
+    }
+    record["memory"] = memory(ranks, round(2**20 * factor))
+    record["traffic"] = [
+        {"mesh_dim": "dp_shard", "collective": "all_gather", "calls": 18, "bytes_per_rank": round(6 * 2**20 * factor)},
+        {"mesh_dim": "dp_shard", "collective": "reduce_scatter", "calls": 9, "bytes_per_rank": 3 * 2**20},
+        {"mesh_dim": "tp", "collective": "all_reduce", "calls": 40, "bytes_per_rank": 2**20},
+    ]
+    return record
+
+
+def memory(ranks: int, unit: int) -> Record:
+    parts = ("parameters", "gradients", "optimizer", "activations", "other")
+    per_rank = []
+    for rank in range(ranks):
+        split = {f"{part}_bytes": unit * (i + 1) * (1 + rank) for i, part in enumerate(parts)}
+        per_rank.append({"rank": rank, "peak_bytes": sum(split.values()), **split})
+    peaks = [row["peak_bytes"] for row in per_rank]
+    return {"per_rank": per_rank, "max_peak_bytes": max(peaks), "min_peak_bytes": min(peaks)}
+
+
+def pipelined(record: Record) -> Record:
+    """With a bubble and the timeline of two microbatches over its stages."""
+    timeline, stages = [], record["layout"]["pp"]
+    for rank in range(stages):
+        for microbatch in range(2):
+            forward = 0.01 * (rank + microbatch)
+            backward = 0.01 * (2 * stages - rank + 2 * microbatch + 1)
+            for action, start, length in (("forward", forward, 0.01), ("backward", backward, 0.02)):
+                times = {"start_seconds": 5.0 + start, "end_seconds": 5.0 + start + length}
+                timeline.append({"rank": rank, "stage": rank, "microbatch": microbatch, "action": action, **times})
+    record["pipeline"] = {"bubble_fraction": 0.31, "bubble_fraction_ideal": 0.2, "timeline": timeline}
+    return record
+
+
+def complete_comparison() -> dict[str, Record]:
+    """Six measured runs, three that were not to be, and the dry run of one."""
+    found = {
+        "single": complete_record("single"),
+        "fsdp": complete_record("fsdp", 1.5, dp_shard=4),
+        "fsdp-tp": complete_record("fsdp-tp", 2.0, dp_shard=2, tp=2),
+        "pp-1f1b": pipelined(complete_record("pp-1f1b", 1.25, pp=2)),
+        "wrong": complete_record("wrong", 1.1, dp_replicate=4),
+        "unmeasured": empty_record("unmeasured", dp_shard=2),
+    }
+    found["wrong"]["parity"] |= {"max_rel_grad_diff": 0.75, "passed": False}
+    for status, reason in (
+        ("refused", "parallel.tp = 3: does not divide model.n_heads = 8"),
+        ("oom", "rank 3 ran out of memory: 80 GiB in use"),
+        ("timeout", "not done in 600 s"),
+    ):
+        found[status] = empty_record(status) | {"status": status, "reason": reason}
+    found["dry/fsdp"] = complete_record("fsdp", dp_shard=4) | {"kind": "dry-run", "memory": memory(4, 2**20)}
+    return found
+
+
+# ---- the browser ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    assert chromium, "these tests need Chromium: apt-get install chromium"
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=chromium, args=GENTLE)
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def open_page(browser: Browser, tmp_path: Path) -> Iterator[Open]:
+    """Opens the page of some records. Afterwards: nothing was asked of anyone, nothing said on the console."""
+    contexts, said, asked = [], [], []
+
+    def open_(records: dict[str, Record], *, hash: str = "", width: int = 1280, dark: bool = False) -> Page:
+        for folder, record in records.items():
+            path = tmp_path / "results" / folder / "record.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_record(path, record)
+        file = tmp_path / "page.html"
+        assert write_page(tmp_path / "results", file) == len(records)
+        context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light", offline=True
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(file.as_uri() + hash)
+        page.wait_for_selector("html[data-ready=true]")
+        return page
+
+    yield open_
+    for context in contexts:
+        context.close()
+    if not contexts:
+        return
+    assert said == []
+    assert {url.partition("#")[0] for url in asked} == {(tmp_path / "page.html").as_uri()}
+
+
+def table_rows(table: Locator) -> list[dict[str, Any]]:
+    """{head: number as it was measured, or text} of each row; None for what is shown as not measured."""
+    rows: list[dict[str, Any]] = table.evaluate(
+        """table => {
+            const heads = [...table.tHead.rows[0].cells].map(cell => cell.textContent);
+            const rows = [...table.tBodies].flatMap(body => [...body.rows]).filter(row => row.cells.length > 1);
+            return rows.map(row => Object.fromEntries(
+                [...row.cells].map((cell, i) => [heads[i], cell.classList.contains("null") ? null :
+                    cell.dataset.value !== undefined ? Number(cell.dataset.value) : cell.textContent])));
+        }"""
+    )
+    return rows
+
+
+def numbers_of(page: Page, chart: str) -> list[dict[str, Any]]:
+    return table_rows(page.locator(f"#chart-{chart} details table"))
+
+
+def names_in_table(page: Page) -> list[str]:
+    return page.locator("#runs tbody tr[data-id] th").all_text_contents()
+
+
+# ---- charts --------------------------------------------------------------------------------------------------------
+
+
+def test_every_chart_is_drawn_named_and_explained(open_page: Open) -> None:
+    page = open_page(complete_comparison())
+    for chart in CHARTS:
+        drawing = page.locator(f"#chart-{chart} .drawing svg")
+        expect(drawing).to_have_attribute("role", "img")
+        assert drawing.locator("> title").text_content()
+        assert drawing.locator("> desc").text_content()
+        assert drawing.locator("rect, path, circle").count() > 0
+
+
+def test_utilisation_shows_the_flops_of_each_record(open_page: Open) -> None:
+    records = complete_comparison()
+    page = open_page(records)
+    rows = {row["run"]: row for row in numbers_of(page, "utilisation")}
+    for name in ("single", "fsdp", "fsdp-tp", "pp-1f1b"):
+        flops = records[name]["flops"]
+        assert rows[name]["MFU, % of peak"] == pytest.approx(100 * flops["mfu"])
+        assert rows[name]["MFU causal, %"] == pytest.approx(100 * flops["mfu_causal"])
+        assert rows[name]["HFU, %"] == pytest.approx(100 * flops["hfu"])
+        assert rows[name]["ceiling, %"] == pytest.approx(80.0)
+        assert rows[name]["executed FLOPs per token"] == flops["hardware_flops_per_token"]
+        assert rows[name]["source of the peak"] == "datasheet of the device"
+    assert rows["unmeasured"]["MFU, % of peak"] is None
+    assert "refused" not in rows
+
+
+def test_a_measured_peak_is_the_ceiling(open_page: Open) -> None:
+    record = complete_record("shared-cores")
+    record["flops"] |= {
+        "peak_flops": 5e10,
+        "matmul_ceiling_flops": 1e11,
+        "peak_source": "measured: x 0.5, as 4 share 2",
+    }
+    [row] = numbers_of(open_page({"shared-cores": record}), "utilisation")
+    assert (row["ceiling, %"], row["measured ceiling, FLOP/s"]) == (100, 1e11)
+
+
+def test_speed_has_its_spread_and_bars_of_its_size(open_page: Open) -> None:
+    page = open_page(complete_comparison())
+    rows = {row["run"]: row for row in numbers_of(page, "speed")}
+    for name, factor in (("single", 1.0), ("fsdp", 1.5), ("fsdp-tp", 2.0)):
+        assert rows[name]["tokens/s"] == pytest.approx(512 / factor)
+        assert rows[name]["slow steps (p90), tokens/s"] == pytest.approx(512 / factor * 0.25 / 0.4)
+        assert rows[name]["fast steps (p10), tokens/s"] == pytest.approx(512 / factor * 0.25 / 0.2)
+        assert rows[name]["step median, s"] == pytest.approx(0.25 * factor)
+    widths = page.locator("#chart-speed .drawing rect").evaluate_all("bars => bars.map(bar => bar.width.baseVal.value)")
+    known = [row["tokens/s"] for row in rows.values() if row["tokens/s"] is not None]
+    assert [width / widths[0] for width in widths] == pytest.approx([value / known[0] for value in known], rel=1e-3)
+
+
+def test_memory_lays_measured_beside_predicted(open_page: Open) -> None:
+    page = open_page(complete_comparison())
+    rows = [row for row in numbers_of(page, "memory") if row["run"] == "fsdp"]
+    assert [row["figure"] for row in rows] == [
+        *("measured, largest rank", "measured, smallest rank"),
+        *("predicted, largest rank", "predicted, smallest rank"),
+    ]
+    for row, (rank, unit) in zip(rows, ((3, 1.5), (0, 1.5), (3, 1.0), (0, 1.0)), strict=True):
+        assert row["rank"] == rank
+        assert row["peak, MiB"] == pytest.approx(15 * unit * (rank + 1))
+        assert row["optimizer, MiB"] == pytest.approx(3 * unit * (rank + 1))
+    others = [row["figure"] for row in numbers_of(page, "memory") if row["run"] == "fsdp-tp"]
+    assert others == ["measured, largest rank", "measured, smallest rank"]
+
+
+def test_a_dry_run_of_another_shape_predicts_nothing() -> None:
+    record = complete_record("fsdp", dp_shard=4)
+    dry = complete_record("fsdp", dp_shard=2) | {"kind": "dry-run"}
+    same = complete_record("fsdp", dp_shard=4) | {"kind": "dry-run"}
+    assert page_data([("a/fsdp", record), ("b/fsdp", dry)])["runs"][0]["predicted_memory"] is None
+    assert page_data([("a/fsdp", record), ("b/fsdp", same)])["runs"][0]["predicted_memory"] is not None
+
+
+def test_traffic_steps_parity_and_bubble(open_page: Open) -> None:
+    records = complete_comparison()
+    page = open_page(records)
+    traffic = [row for row in numbers_of(page, "traffic") if row["run"] == "fsdp"]
+    assert [(row["mesh dimension"], row["collective"], row["calls per step"]) for row in traffic] == [
+        (row["mesh_dim"], row["collective"], row["calls"]) for row in records["fsdp"]["traffic"]
+    ]
+    assert [row["MiB per rank"] for row in traffic] == [9, 3, 1]
+    parts = {row["run"]: row for row in numbers_of(page, "step")}["fsdp"]
+    assert [parts[f"{part}, s"] for part in ("compute", "exposed communication", "idle in the pipeline")] == [
+        pytest.approx(value) for value in (0.27, 0.075, 0.03)
+    ]
+    parity = {row["run"]: row for row in numbers_of(page, "parity")}
+    assert parity["fsdp"]["gradient difference"] == pytest.approx(5.25e-16)
+    assert (parity["fsdp"]["parity"], parity["wrong"]["parity"]) == ("passed", "FAILED")
+    assert page.locator("#chart-parity .limit").count() == 2  # in the drawing and in its key
+    [bubble] = numbers_of(page, "bubble")
+    assert bubble == {"run": "pp-1f1b", "measured, %": 31, "ideal, %": 20}
+
+
+def test_traffic_of_unknown_size_is_no_zero(open_page: Open) -> None:
+    record, silent = complete_record("one-unknown"), complete_record("silent")
+    record["traffic"][2]["bytes_per_rank"] = None
+    silent["traffic"] = []
+    page = open_page({"one-unknown": record, "silent": silent})
+    rows = {(row["run"], row["mesh dimension"], row["collective"]): row for row in numbers_of(page, "traffic")}
+    assert rows["one-unknown", "tp", "all_reduce"]["MiB per rank"] is None
+    assert rows["silent", "none", "none"]["MiB per rank"] == 0
+    expect(page.locator("#chart-traffic .drawing")).to_contain_text("≥ 9.0")
+
+
+def test_loss_curves_and_the_pipeline_as_it_ran(open_page: Open) -> None:
+    page = open_page(complete_comparison())
+    loss = numbers_of(page, "loss")
+    assert [row["step"] for row in loss] == [str(n) for n in range(1, 21)]
+    assert [row["fsdp-tp"] for row in loss] == [pytest.approx(4.0 / n) for n in range(1, 21)]
+    assert page.locator("#chart-loss .drawing .curve").count() == 5
+    timeline = numbers_of(page, "timeline")
+    assert len(timeline) == 8
+    assert timeline[0]["start, ms"] == pytest.approx(0) and timeline[0]["end, ms"] == pytest.approx(10)
+    assert {row["action"] for row in timeline} == {"forward", "backward"}
+
+
+def test_what_was_not_measured_is_said_and_never_drawn_as_zero(open_page: Open) -> None:
+    page = open_page({"a": empty_record("a"), "b": empty_record("b", dp_shard=2)})
+    for chart in CHARTS:
+        expect(page.locator(f"#chart-{chart} .none")).to_contain_text("ot measured")
+        assert page.locator(f"#chart-{chart} .drawing").count() == 0
+    [first, _] = table_rows(page.locator("#runs"))
+    assert [first[head] for head in ("MFU\n%", "speed\ntokens/s", "last\nloss", "parity")] == [None] * 4
+
+
+# ---- the table, the choice and its address -------------------------------------------------------------------------
+
+
+def test_heads_sort_and_say_so(open_page: Open) -> None:
+    page = open_page(complete_comparison())
+    head = page.locator("th[data-key=tokens_per_s]")
+    head.get_by_role("button").press("Enter")
+    expect(head).to_have_attribute("aria-sort", "descending")
+    ordered = ["single", "wrong", "pp-1f1b", "fsdp", "fsdp-tp"]  # what was not measured comes last
+    assert names_in_table(page)[:5] == ordered
+    head.get_by_role("button").click()
+    expect(head).to_have_attribute("aria-sort", "ascending")
+    assert names_in_table(page)[0] == "fsdp-tp"
+    assert numbers_of(page, "speed")[0]["run"] == "fsdp-tp"
+    head.get_by_role("button").click()
+    expect(head).not_to_have_attribute("aria-sort", re.compile("."))
+    assert names_in_table(page)[0] == "fsdp"  # the order of folders again
+
+
+def test_rows_are_found_by_text_and_status(open_page: Open) -> None:
+    page = open_page(complete_comparison())
+    page.get_by_label("Find").fill("fsdp tp2")
+    assert names_in_table(page) == ["fsdp-tp"]
+    page.get_by_label("Find").fill("80 GiB")
+    assert names_in_table(page) == ["oom"]
+    page.get_by_label("Find").fill("")
+    page.get_by_label("Status").select_option("refused")
+    assert names_in_table(page) == ["refused"]
+    expect(page.locator("#count")).to_have_text("1 of 10 shown")
+
+
+def test_reasons_of_rows_that_did_not_end_well_are_read_out(open_page: Open) -> None:
+    records = complete_comparison()
+    page = open_page(records)
+    told = page.locator("#unfinished li").all_text_contents()
+    for name in ("refused", "oom", "timeout"):
+        assert f"{name} {name}: {records[name]['reason']}" in told
+    assert any(line.startswith("wrong parity FAILED") for line in told) and len(told) == 4
+
+
+def test_the_choice_and_the_order_survive_in_the_address(open_page: Open) -> None:
+    page = open_page(complete_comparison())
+    page.get_by_role("button", name="Compare none").click()
+    assert page.locator("#charts figure").count() == 0
+    page.get_by_label("Compare fsdp-tp").check()
+    page.get_by_label("Compare single").check()
+    page.locator("th[data-key=step_seconds] button").click()
+    assert [row["run"] for row in numbers_of(page, "speed")] == ["single", "fsdp-tp"]
+    page.locator("th[data-key=step_seconds] button").click()
+    address = page.evaluate("location.hash")
+    page.reload()
+    again = open_page(complete_comparison(), hash=address)
+    for each in (page, again):
+        assert [row["run"] for row in numbers_of(each, "speed")] == ["fsdp-tp", "single"]
+        expect(each.locator("th[data-key=step_seconds]")).to_have_attribute("aria-sort", "descending")
+        assert each.locator("#runs input:checked").count() == 2
+    page.evaluate("location.hash = 'run=no-such-run&run=fsdp&sort=no-such-column'")
+    expect(page.locator("#runs input:checked")).to_have_count(1)
+    assert [row["run"] for row in numbers_of(page, "speed")] == ["fsdp"]
+
+
+def test_each_run_tells_its_recipe_command_versions_and_hardware(open_page: Open) -> None:
+    page = open_page(complete_comparison())
+    page.locator("#runs").get_by_role("link", name="fsdp-tp").click()
+    details = page.locator("#details details[open]")
+    command, recipe = details.locator("pre").all_text_contents()
+    assert command.splitlines() == [
+        "lab run fsdp-tp.toml",
+        "torchrun --standalone --nproc-per-node 4 -m launch.train fsdp-tp.toml",
+    ]
+    assert "[parallel]\npp = 1\ndp_replicate = 1\ndp_shard = 2\ncp = 1\ntp = 2" in recipe
+    expect(details).to_contain_text("Test CPU, 2 cores")
+    expect(details).to_contain_text(empty_record("a")["environment"]["torch"])
+
+
+def test_comparisons_machines_and_their_history(open_page: Open) -> None:
+    records = {}
+    for day, mfu in ((1, 0.30), (2, 0.33), (3, 0.36)):
+        for name in ("fsdp", "ddp"):
+            record = complete_record(name)
+            record["flops"]["mfu"] = mfu
+            record["environment"] |= {
+                "time_utc": f"2026-01-0{day}T12:00:00+00:00",
+                "git_commit": f"{day}" * 40 + "-dirty",
+                **({"device": "cuda:0", "accelerators": ["Test GPU"] * 8} if day == 3 else {}),
+            }
+            records[f"day-{day}/strategies/{name}"] = record
+    refused = empty_record("refused") | {"status": "refused", "reason": "no"}
+    refused["environment"] |= {"device": None, "accelerators": None}
+    records["day-3/strategies/refused"] = refused
+    page = open_page(records)
+    groups = page.locator("#runs tr.group").all_text_contents()
+    assert groups == [
+        "day-1/strategies on Test CPU, 2 cores",
+        "day-2/strategies on Test CPU, 2 cores",
+        "day-3/strategies on 8 × Test GPU",
+    ]
+    page.get_by_label("Strategy").select_option("fsdp")
+    rows = numbers_of(page, "history")
+    assert [(row["time, UTC"], row["commit"], row["MFU, % of peak"]) for row in rows] == [
+        ("2026-01-01 12:00", "1111111-dirty", 30),
+        ("2026-01-02 12:00", "2222222-dirty", 33),
+        ("2026-01-03 12:00", "3333333-dirty", 36),
+    ]
+    assert page.locator("#chart-history .drawing .curve").count() == 2  # the third ran on another machine
+    page.get_by_label("Comparison").select_option("day-2/strategies")
+    assert names_in_table(page) == ["ddp", "fsdp"]
+
+
+# ---- for everyone --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_axe_finds_nothing(open_page: Open, dark: bool) -> None:
+    page = open_page(complete_comparison(), dark=dark)
+    page.evaluate("for (const details of document.querySelectorAll('details')) details.open = true")
+    page.evaluate((files("axe_playwright_python") / "axe.min.js").read_text())
+    found = page.evaluate("axe.run().then(({passes, violations}) => ({passes: passes.length, violations}))")
+    serious = [
+        (violation["id"], [node["html"][:200] for node in violation["nodes"]])
+        for violation in found["violations"]
+        if violation["impact"] in ("serious", "critical")
+    ]
+    assert serious == []
+    assert found["passes"] > 20
+
+
+def test_the_theme_can_be_chosen_against_the_system(open_page: Open) -> None:
+    page = open_page(complete_comparison(), dark=True)
+    background = "getComputedStyle(document.body).backgroundColor"
+    dark = page.evaluate(background)
+    page.get_by_role("button", name="Theme: auto").click()
+    light = page.evaluate(background)
+    assert light != dark
+    page.get_by_role("button", name="Theme: light").click()
+    assert page.evaluate(background) == dark
+
+
+def test_a_phone_scrolls_down_only(open_page: Open) -> None:
+    page = open_page(complete_comparison(), width=360)
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    for chart in CHARTS:
+        assert page.locator(f"#chart-{chart} .drawing svg").bounding_box()["width"] <= 330
+    page.set_viewport_size({"width": 1100, "height": 800})
+    expect(page.locator("#chart-loss .drawing svg")).not_to_have_attribute("width", re.compile("^[23]..$"))
+
+
+def test_print_leaves_out_the_controls_and_is_light(open_page: Open) -> None:
+    page = open_page(complete_comparison(), dark=True)
+    page.emulate_media(media="print")
+    for control in (".controls", "#theme", "#runs input >> nth=0", "footer"):
+        expect(page.locator(control)).to_be_hidden()
+    expect(page.locator("#chart-speed .drawing svg")).to_be_visible()
+    assert page.evaluate("getComputedStyle(document.documentElement).colorScheme") == "light"
+
+
+def test_the_keyboard_reaches_everything(open_page: Open) -> None:
+    page = open_page({"a": complete_record("a")})
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    reached = set()
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement === document.body"):  # past the last
+            break
+        reached.add(
+            page.evaluate(
+                "(a => a.id || a.dataset.key || a.closest('[data-key]')?.dataset.key || a.localName)"
+                "(document.activeElement)"
+            )
+        )
+        assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
+    assert {"theme", "query", "status", "choose-none", "tokens_per_s", "input", "a", "summary"} <= reached
+
+
+# ---- anyone's records ----------------------------------------------------------------------------------------------
+
+HOSTILE = "<script>window.harmed = 1</script><img src=x onerror='window.harmed = 1'>"
+
+
+def test_a_record_full_of_script_shows_as_text(open_page: Open) -> None:
+    good, bad = complete_record(HOSTILE), empty_record(HOSTILE) | {"status": "failed", "reason": f"</script>{HOSTILE}"}
+    good["recipe"][HOSTILE] = {HOSTILE: [HOSTILE, {"deep": {"deeper": {"deepest": HOSTILE}}}]}
+    good["environment"] |= {"cpu": HOSTILE, "torch": HOSTILE, "git_commit": HOSTILE}
+    good["traffic"][0] |= {"mesh_dim": HOSTILE, "collective": "</script><script>window.harmed = 1</script>"}
+    good["flops"]["peak_source"] = HOSTILE
+    good["throughput"]["step_parts"][HOSTILE] = 0.1
+    good["pipeline"]["timeline"] = [
+        {"rank": 0, "stage": HOSTILE, "microbatch": 1, "action": HOSTILE, "start_seconds": 0, "end_seconds": 1}
+    ]
+    page = open_page({"good": good, "bad": bad})
+    page.locator("#runs tbody a").last.click()
+    assert page.evaluate("window.harmed") is None
+    assert (page.locator("script").count(), page.locator("img").count()) == (2, 0)
+    assert names_in_table(page) == [HOSTILE, HOSTILE]
+    expect(page.locator("#unfinished li")).to_contain_text(f"</script>{HOSTILE}")
+    expect(page.locator("#details details[open]")).to_contain_text(HOSTILE)
+    assert "lab run recipe.toml" in page.locator("#details pre").first.text_content()  # no name for a shell to read
+
+
+def test_a_record_of_the_wrong_types_is_a_row_all_the_same(open_page: Open, tmp_path: Path) -> None:
+    odd = complete_record("odd")
+    odd["throughput"] = {"tokens_per_s": "fast", "step_seconds": {"median": True}, "step_parts": [1, 2]}
+    odd["memory"] = {"per_rank": [7, {"peak_bytes": "many"}], "max_peak_bytes": 10**400}
+    odd["traffic"] = [None, {"mesh_dim": None, "collective": 3, "calls": {}, "bytes_per_rank": []}]
+    odd["recipe"] = {"name": "odd", "model": "none", "train": []}
+    odd["environment"] = {"time_utc": ["never"], "accelerators": "GPU", "device": 7, "cores": "two"}
+    odd["pipeline"] = {"timeline": [{"rank": "first"}], "bubble_fraction": "small"}
+    odd["steps"] = [{"step": "one", "loss": None}]
+    page = open_page({"odd": odd, "good": complete_record("good")})
+    assert sorted(names_in_table(page)) == ["good", "odd"]
+    assert {row["run"]: row for row in numbers_of(page, "speed")}["odd"]["tokens/s"] is None
+
+
+def test_no_data_can_end_its_script_or_fill_a_placeholder() -> None:
+    text = page_html("<b>/* DATA */", [("x", complete_record("/* SCRIPT */ <!-- TITLE --> </script>\u2028\ud800"))])
+    assert text.count("</script>") == 2 and "&lt;b&gt;" in text and "<b>" not in text
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    assert data and "<" not in data[1]
+    assert json.loads(data[1])["runs"][0]["name"].startswith("/* SCRIPT */ <!-- TITLE --> </script>")
+
+
+def test_a_thousand_records_stay_a_small_document(open_page: Open) -> None:
+    records = {}
+    for n in range(1000):
+        record = complete_record(f"run-{n % 50}", 1 + n / 1000, dp_shard=4)
+        record["environment"]["time_utc"] = f"2026-01-{1 + n // 50:02d}T12:00:00+00:00"
+        records[f"night-{n // 50:02d}/{n % 50}"] = record
+    page = open_page(records)
+    assert page.locator("#runs tbody tr[data-id]").count() == 200
+    assert page.locator("#charts figure .drawing").count() > 5
+    assert page.evaluate("document.querySelectorAll('*').length") < 15_000
+    expect(page.locator("#drawn")).to_have_text("40 runs chosen in the table above")
+    page.get_by_role("button", name="Compare all shown").click()
+    expect(page.locator("#drawn")).to_have_text("1000 runs chosen; the first 40 are drawn")
+    page.get_by_role("button", name="Show all 1000 rows").click()
+    assert page.locator("#runs tbody tr[data-id]").count() == 1000
+    assert len(numbers_of(page, "history")) == 20
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_report_writes_the_page_beside_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "results" / "today" / "single"
+    folder.mkdir(parents=True)
+    write_record(folder / "record.json", complete_record("single"))
+    page = tmp_path / "page.html"
+    assert main(["report", str(tmp_path / "results" / "today"), "--html", str(page)]) == 0
+    assert "single" in capsys.readouterr().out
+    assert page.read_text().startswith("<!doctype html>")
+    page.unlink()
+    assert main(["report", str(tmp_path / "results"), "--html", str(page)]) == 0  # deeper than the table looks
+    assert page.is_file()
+    assert [name for name, _ in find_records(tmp_path / "results")] == ["today/single"]
+
+
+def test_no_results_make_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert main(["report", str(tmp_path / "empty"), "--html", str(tmp_path / "page.html")]) == 2
+    assert "no record.json" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
