@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-CEILING_SECONDS = 0.5  # per measurement; long enough to catch a moment in which nothing else runs
+CEILING_SECONDS = 0.3  # per measurement; long enough to catch a moment in which nothing else runs
 CPU_SIZES = (256, 512, 1024)
 CUDA_SIZES = (4096, 8192)
 REMEDY = "give the dense FLOP/s of one device, without sparsity, with --peak-flops"
