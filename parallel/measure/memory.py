@@ -22,6 +22,7 @@ CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "other")
 aten = torch.ops.aten
 WRAPPERS = (DTensor, AsyncCollectiveTensor)  # their operators work on the tensors inside, which hold the memory
 wait_tensor = torch.ops._c10d_functional.wait_tensor.default
+prim_device = torch.ops.prim.device.default
 
 
 class _Storage(weakref.ref[torch.UntypedStorage]):
@@ -116,6 +117,8 @@ class MemoryTracker(TorchDispatchMode):
     ) -> Any:
         if any(issubclass(kind, WRAPPERS) for kind in types):
             return NotImplemented
+        if func is prim_device:
+            return func(*args)  # of a FakeTensor autograd asks it, to check gradients; it allocates nothing
         if func is wait_tensor and isinstance(args[0], FakeTensor):
             return args[0]  # on FakeTensors it would make a new one; on real ones it gives back what it was given
         result = func(*args, **(kwargs or {}))

@@ -40,16 +40,15 @@ class GradientBuckets:
         for i, parameter in enumerate(backward_order):
             size += local_part(parameter.detach()).nbytes
             if size >= bucket_bytes or i == len(backward_order) - 1:
-                self.buckets.append(_Bucket(backward_order[start : i + 1]))
+                bucket = _Bucket(members := backward_order[start : i + 1])
+                self.buckets.append(bucket)
+                for member in members if overlap else ():
+                    member.register_post_accumulate_grad_hook(partial(self._arrived, bucket))
                 start, size = i + 1, 0
-        if overlap:
-            for bucket in self.buckets:
-                for parameter in bucket.parameters:
-                    parameter.register_post_accumulate_grad_hook(partial(self._arrived, bucket))
 
     def _arrived(self, bucket: "_Bucket", _parameter: Tensor) -> None:
         bucket.n_arrived += 1
-        if bucket.n_arrived == self.n_backwards * len(bucket.parameters):
+        if bucket.n_arrived == self.n_backwards * bucket.n_parameters:
             self.send(bucket)
 
     def zero(self) -> None:
@@ -74,7 +73,8 @@ class GradientBuckets:
 
 class _Bucket:
     def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self.parameters = parameters
+        # Not the parameters: their hooks hold the bucket, and torch never frees a cycle through such a hook.
+        self.n_parameters = len(parameters)
         self.n_arrived = 0
         self.work: dist.Work | None = None
         parts = [local_part(parameter.detach()) for parameter in parameters]
