@@ -20,6 +20,7 @@ from parallel.measure.record import read_record
 DEEPEST = 3  # folders below the one that is given, as in machine or date / comparison / variant
 MOST_STEPS = 500  # points of a loss curve; of a longer run, evenly spaced ones and the last
 MOST_ACTIONS = 20_000  # of a pipeline's timeline
+MOST_LANES = 16  # ranks of a timeline; of more, one for each of the pipeline's
 LONGEST_TEXT = 4000  # characters of one text in a record; a reason holds the end of a log
 
 MEMORY = ("parameters", "gradients", "optimizer", "activations", "other", "allocator_peak")  # <name>_bytes in a record
@@ -27,7 +28,7 @@ FLOPS = (
     *("model_flops_per_token", "model_flops_per_token_causal", "hardware_flops_per_token"),
     *("mfu", "mfu_causal", "hfu", "peak_flops", "matmul_ceiling_flops"),
 )
-TIMELINE_NUMBERS = ("rank", "stage", "microbatch", "start_seconds", "end_seconds")
+STEP_PARTS = ("compute", "communication", "idle")  # <name>_seconds in a record
 
 
 def write_page(directory: str | Path, file: str | Path) -> int:
@@ -95,17 +96,18 @@ def page_data(found: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
     """{groups: [{comparison, hardware}], runs: [...]}: runs of one comparison on one kind of machine are a group."""
     runs = [_run(identifier, record) for identifier, record in found]
     machines: dict[str, set[str]] = {}  # of each comparison
-    predictions = {}
-    for run, (_, record) in zip(runs, found, strict=True):
+    for run in runs:
         if run["hardware"]:
             machines.setdefault(run["comparison"], set()).add(run["hardware"])
-        if run["kind"] == "dry-run" and run["memory"]:
-            predictions[_what_was_run(record)] = run["memory"]
-    for run, (_, record) in zip(runs, found, strict=True):
+    recipes = [json.dumps(record["recipe"], sort_keys=True, default=str) for _, record in found]
+    dry_runs = [pair for pair in zip(runs, recipes, strict=True) if pair[0]["kind"] == "dry-run"]
+    dry_runs.sort(key=lambda pair: str(pair[0]["environment"]["time_utc"]))  # the newest of a recipe predicts
+    predictions = {recipe: {"memory": run["memory"], "traffic": run["traffic"]} for run, recipe in dry_runs}
+    for run, recipe, (_, record) in zip(runs, recipes, found, strict=True):
         if not run["hardware"]:  # refused before it chose a device: it belongs with the rest of its comparison
             known = machines.get(run["comparison"], set())
             run["hardware"] = min(known) if len(known) == 1 else _cpu(record["environment"])
-        run["predicted_memory"] = None if run["kind"] == "dry-run" else predictions.get(_what_was_run(record))
+        run["predicted"] = predictions.get(recipe) if run["kind"] == "measured" else None
     groups: dict[tuple[str, str], int] = {}
     for run in sorted(runs, key=lambda run: run["kind"] == "dry-run"):  # groups of dry runs alone come last
         run["group"] = groups.setdefault((run["comparison"], run["hardware"]), len(groups))
@@ -130,7 +132,7 @@ def _run(identifier: str, record: Mapping[str, Any]) -> dict[str, Any]:
         "shape": _shape(recipe),
         "hardware": _hardware(record["environment"]),
         "loss": _number(last.get("loss")),
-        "steps": _steps(record["steps"]),
+        "steps": _folded(_steps(record["steps"])),
         "parity": {
             "max_rel_grad_diff": _number(parity["max_rel_grad_diff"]),
             "max_abs_loss_diff": _number(parity["max_abs_loss_diff"]),
@@ -142,17 +144,24 @@ def _run(identifier: str, record: Mapping[str, Any]) -> dict[str, Any]:
         "tokens_per_s_per_rank": _number(throughput["tokens_per_s_per_rank"]),
         "cpu_seconds_per_step": _number(throughput["cpu_seconds_per_step"]),
         "step_seconds": {key: _number(throughput["step_seconds"][key]) for key in ("median", "p10", "p90")},
-        "step_parts": _numbers(throughput.get("step_parts")),
+        "step_parts": _step_parts(throughput.get("step_parts")),
+        "steps_timed": _number(throughput.get("steps_timed")),
+        "steps_left_out": _numbers(throughput.get("steps_left_out")),
         "flops": {key: _number(flops[key]) for key in FLOPS}
         | {key: _text(flops[key]) for key in ("definition", "peak_source")},
         "memory": _memory(record["memory"]),
         "traffic": _traffic(record["traffic"]),
         "bubble": _number(pipeline["bubble_fraction"]),
         "bubble_ideal": _number(pipeline["bubble_fraction_ideal"]),
-        "timeline": _timeline(pipeline.get("timeline")),
+        "timeline": _folded(_timeline(pipeline.get("timeline"))),
         "recipe": _plain(recipe),
         "environment": _plain(record["environment"]),
     }
+
+
+def _folded(value: Any) -> str | None:
+    """JSON as a text: what is long, and read of the few runs alone that are drawn."""
+    return None if value is None else json.dumps(value, separators=(",", ":"))
 
 
 def _number(value: Any) -> float | None:
@@ -163,6 +172,12 @@ def _numbers(value: Any) -> dict[str, float] | None:
     """The numbers of a table, by key; None where there is none."""
     table = value if isinstance(value, dict) else {}
     return {_text(key) or "": number for key, item in table.items() if (number := _number(item)) is not None} or None
+
+
+def _step_parts(value: Any) -> dict[str, float | None] | None:
+    seconds = _numbers(value) or {}
+    parts = {part: seconds.get(f"{part}_seconds") for part in STEP_PARTS}
+    return None if None in (parts["compute"], parts["communication"]) else parts
 
 
 def _text(value: Any) -> str | None:
@@ -184,16 +199,19 @@ def _rows(value: Any) -> list[dict[str, Any]]:
 
 
 def _steps(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """{of: steps there were, step: [...], loss: [...]}, at most MOST_STEPS of them."""
+    """{step: [...], loss: [...]}, at most MOST_STEPS of them."""
     points = [(_number(step.get("step")), _number(step.get("loss"))) for step in steps]
     known = [point for point in points if None not in point]
     if len(known) > MOST_STEPS:
         known = known[:: -(-len(known) // MOST_STEPS)] + known[-1:]
-    return {"of": len(steps), "step": [step for step, _ in known], "loss": [loss for _, loss in known]}
+    return {"step": [step for step, _ in known], "loss": [loss for _, loss in known]}
 
 
 def _memory(memory: Mapping[str, Any]) -> dict[str, Any] | None:
-    """{largest, smallest, ranks}: the ranks of the highest and the lowest peak; None where no peak was measured."""
+    """{largest, smallest, ranks, all_known, step, note}: the ranks of the highest and the lowest peak.
+
+    None where no peak was measured. A dry run that looked at some kinds of rank only does not know all.
+    """
     per_rank: list[dict[str, Any]] = [
         {
             "rank": _number(row.get("rank")),
@@ -203,15 +221,16 @@ def _memory(memory: Mapping[str, Any]) -> dict[str, Any] | None:
         for row in _rows(memory["per_rank"])
         if (peak := _number(row.get("peak_bytes"))) is not None
     ]
+    most, least = _number(memory["max_peak_bytes"]), _number(memory["min_peak_bytes"])
+    told = {"all_known": most is not None, "step": _number(memory.get("step")), "note": _text(memory.get("note"))}
     if per_rank:
         by_peak = sorted(per_rank, key=lambda row: row["peak_bytes"])
-        return {"largest": by_peak[-1], "smallest": by_peak[0], "ranks": len(per_rank)}
-    most, least = _number(memory["max_peak_bytes"]), _number(memory["min_peak_bytes"])
+        return {"largest": by_peak[-1], "smallest": by_peak[0], "ranks": len(per_rank), **told}
     if most is None:
         return None
     unsplit = {"rank": None, **dict.fromkeys(MEMORY)}
     smallest = unsplit | {"peak_bytes": least} if least is not None else None
-    return {"largest": unsplit | {"peak_bytes": most}, "smallest": smallest, "ranks": None}
+    return {"largest": unsplit | {"peak_bytes": most}, "smallest": smallest, "ranks": None, **told}
 
 
 def _traffic(traffic: Any) -> list[dict[str, Any]] | None:
@@ -225,12 +244,33 @@ def _traffic(traffic: Any) -> list[dict[str, Any]] | None:
     ]
 
 
-def _timeline(timeline: Any) -> list[dict[str, Any]] | None:
-    actions = [
-        {key: _number(row.get(key)) for key in TIMELINE_NUMBERS} | {"action": _text(row.get("action")) or "unknown"}
-        for row in _rows(timeline)[:MOST_ACTIONS]
+def _timeline(timeline: Any) -> dict[str, Any] | None:
+    """{ranks: how many there were, kinds: names of actions, actions: rows}, seconds since the first action.
+
+    A row is [rank, stage, microbatch, index of its kind, start, end]: thousands of them take little room so.
+    """
+    actions = []
+    for row in _rows(timeline):
+        rank, stage, microbatch = (_number(row.get(key)) for key in ("rank", "stage", "microbatch"))
+        start, end = _number(row.get("start_seconds")), _number(row.get("end_seconds"))
+        if rank is not None and start is not None and end is not None:
+            actions.append((rank, stage, microbatch, _text(row.get("action")) or "unknown", start, end))
+    if not actions:
+        return None
+    stages: dict[float, set[float | None]] = {}
+    for rank, stage, *_ in actions:
+        stages.setdefault(rank, set()).add(stage)
+    lanes = set(stages)
+    if len(stages) > MOST_LANES:  # those that hold the same stages do the same
+        lanes = set({frozenset(stages[rank]): rank for rank in sorted(stages, reverse=True)}.values())
+    first = min(start for *_, start, _ in actions)
+    kinds: dict[str, int] = {}
+    rows = [
+        [rank, stage, microbatch, kinds.setdefault(kind, len(kinds)), round(start - first, 7), round(end - first, 7)]
+        for rank, stage, microbatch, kind, start, end in sorted(actions, key=lambda action: action[4])
+        if rank in lanes
     ]
-    return [a for a in actions if None not in (a["rank"], a["start_seconds"], a["end_seconds"])] or None
+    return {"ranks": len(stages), "kinds": list(kinds), "actions": rows[:MOST_ACTIONS]}
 
 
 def _section(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -247,14 +287,6 @@ def _shape(recipe: Mapping[str, Any]) -> str:
     batch, length = train.get("global_batch"), train.get("seq_len")
     tokens = f", {batch} × {length} tokens" if batch and length else ""
     return f"{name}{shape}, {train.get('dtype', 'float32')}{tokens}"[:200]
-
-
-def _what_was_run(record: Mapping[str, Any]) -> str:
-    """The same for a run and for its dry run: the recipe, less what changes no byte of memory."""
-    told = {key: value for key, value in record["recipe"].items() if key not in ("data", "checkpoint")}
-    changes_nothing = ("steps", "seed", "learning_rate", "device", "parity", "time_limit_seconds")
-    train = {key: value for key, value in _section(told, "train").items() if key not in changes_nothing}
-    return json.dumps(told | {"train": train}, sort_keys=True, default=str)
 
 
 def _hardware(environment: Mapping[str, Any]) -> str | None:

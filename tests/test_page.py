@@ -68,7 +68,13 @@ def complete_record(name: str, factor: float = 1.0, **parallel: int) -> Record:
         "tokens_per_s_per_rank": 512 / factor / ranks,
         "step_seconds": {"median": 0.25 * factor, "p10": 0.2 * factor, "p90": 0.4 * factor},
         "cpu_seconds_per_step": 0.5 * factor,
-        "step_parts": {"compute": 0.18 * factor, "communication": 0.05 * factor, "idle": 0.02 * factor},
+        "step_parts": {
+            "compute_seconds": 0.18 * factor,
+            "communication_seconds": 0.05 * factor,
+            "idle_seconds": 0.02 * factor,
+        },
+        "steps_timed": 16,
+        "steps_left_out": {"warm-up": 3, "profile": 1, "save": 0},
     }
     record["flops"] = {
         "definition": "PaLM, appendix B",
@@ -98,7 +104,7 @@ def memory(ranks: int, unit: int) -> Record:
         split = {f"{part}_bytes": unit * (i + 1) * (1 + rank) for i, part in enumerate(parts)}
         per_rank.append({"rank": rank, "peak_bytes": sum(split.values()), **split})
     peaks = [row["peak_bytes"] for row in per_rank]
-    return {"per_rank": per_rank, "max_peak_bytes": max(peaks), "min_peak_bytes": min(peaks)}
+    return {"per_rank": per_rank, "max_peak_bytes": max(peaks), "min_peak_bytes": min(peaks), "step": 2}
 
 
 def pipelined(record: Record) -> Record:
@@ -197,7 +203,9 @@ def table_rows(table: Locator) -> list[dict[str, Any]]:
 
 
 def numbers_of(page: Page, chart: str) -> list[dict[str, Any]]:
-    return table_rows(page.locator(f"#chart-{chart} details table"))
+    numbers = page.locator(f"#chart-{chart} details")
+    numbers.evaluate("details => details.open = true")  # it is filled when it is opened
+    return table_rows(numbers.locator("table"))
 
 
 def names_in_table(page: Page) -> list[str]:
@@ -261,23 +269,67 @@ def test_memory_lays_measured_beside_predicted(open_page: Open) -> None:
     page = open_page(complete_comparison())
     rows = [row for row in numbers_of(page, "memory") if row["run"] == "fsdp"]
     assert [row["figure"] for row in rows] == [
-        *("measured, largest rank", "measured, smallest rank"),
-        *("predicted, largest rank", "predicted, smallest rank"),
+        *("measured, largest rank", "predicted, largest rank"),
+        *("measured, smallest rank", "predicted, smallest rank"),
     ]
-    for row, (rank, unit) in zip(rows, ((3, 1.5), (0, 1.5), (3, 1.0), (0, 1.0)), strict=True):
+    for row, (rank, unit) in zip(rows, ((3, 1.5), (3, 1.0), (0, 1.5), (0, 1.0)), strict=True):
         assert row["rank"] == rank
         assert row["peak, MiB"] == pytest.approx(15 * unit * (rank + 1))
         assert row["optimizer, MiB"] == pytest.approx(3 * unit * (rank + 1))
     others = [row["figure"] for row in numbers_of(page, "memory") if row["run"] == "fsdp-tp"]
     assert others == ["measured, largest rank", "measured, smallest rank"]
+    about = page.locator("#chart-memory figcaption p")
+    expect(about).to_contain_text("Peak in step 2")
+    expect(about).to_contain_text("1 run has a prediction: 0 equal to the byte, the furthest off by 33.3 %.")
 
 
-def test_a_dry_run_of_another_shape_predicts_nothing() -> None:
+def test_a_prediction_is_equal_to_the_byte_or_said_not_to_be(open_page: Open) -> None:
+    records = {}
+    for name in ("exact", "near"):
+        records[f"measured/{name}"] = complete_record(name, dp_shard=4)
+        records[f"dry/{name}"] = complete_record(name, dp_shard=4) | {"kind": "dry-run"}
+    page = open_page({name: record for name, record in records.items() if "near" not in name})
+    for chart in ("memory", "traffic"):
+        expect(page.locator(f"#chart-{chart} figcaption")).to_contain_text("it is equal to the byte")
+    records["measured/near"]["memory"]["per_rank"][0]["peak_bytes"] += 1
+    records["measured/near"]["traffic"][0]["mesh_dim"] = "dp_replicate"
+    page = open_page(records)
+    expect(page.locator("#chart-memory figcaption")).to_contain_text("1 equal to the byte, the furthest off by 0")
+    expect(page.locator("#chart-traffic figcaption")).to_contain_text("1 equal to the byte, the furthest off in what")
+
+
+def test_a_dry_run_of_another_recipe_predicts_nothing() -> None:
     record = complete_record("fsdp", dp_shard=4)
-    dry = complete_record("fsdp", dp_shard=2) | {"kind": "dry-run"}
-    same = complete_record("fsdp", dp_shard=4) | {"kind": "dry-run"}
-    assert page_data([("a/fsdp", record), ("b/fsdp", dry)])["runs"][0]["predicted_memory"] is None
-    assert page_data([("a/fsdp", record), ("b/fsdp", same)])["runs"][0]["predicted_memory"] is not None
+    for other in (complete_record("fsdp", dp_shard=2), complete_record("other", dp_shard=4)):
+        data = page_data([("a/fsdp", record), ("b/fsdp", other | {"kind": "dry-run"})])
+        assert data["runs"][0]["predicted"] is None
+    old, new = (complete_record("fsdp", factor, dp_shard=4) | {"kind": "dry-run"} for factor in (1.0, 2.0))
+    new["environment"]["time_utc"], old["environment"]["time_utc"] = "2026-01-02", "2026-01-01"
+    for order in ((old, new), (new, old)):
+        data = page_data([("a/fsdp", record), *((f"{i}/fsdp", dry) for i, dry in enumerate(order))])
+        assert data["runs"][0]["predicted"]["memory"]["largest"]["peak_bytes"] == 15 * 2 * 2**20 * 4
+
+
+def test_a_dry_run_of_one_rank_is_no_largest_rank(open_page: Open) -> None:
+    dry = complete_record("fsdp", dp_shard=4) | {"kind": "dry-run"}
+    dry["memory"] |= {"per_rank": dry["memory"]["per_rank"][1:2], "max_peak_bytes": None, "min_peak_bytes": None}
+    page = open_page({"a/fsdp": complete_record("fsdp", dp_shard=4), "b/fsdp": dry})
+    figures = [(row["figure"], row["rank"]) for row in numbers_of(page, "memory")]
+    assert figures[-1] == ("predicted, rank 1, others unknown", 1) and len(figures) == 3
+    expect(page.locator("#chart-memory figcaption")).not_to_contain_text("to the byte")
+
+
+def test_traffic_lays_measured_beside_predicted(open_page: Open) -> None:
+    records = complete_comparison()
+    sent = {"mesh_dim": "cp", "collective": "send", "calls": 7, "bytes_per_rank": 2**21}
+    records["dry/fsdp"]["traffic"] = [*records["dry/fsdp"]["traffic"][:2], sent]
+    rows = [row for row in numbers_of(open_page(records), "traffic") if row["run"] == "fsdp"]
+    assert [list(row.values())[1:] for row in rows] == [
+        ["dp_shard", "all_gather", 18, 9, 18, 6],
+        ["dp_shard", "reduce_scatter", 9, 3, 9, 3],
+        ["tp", "all_reduce", 40, 1, None, None],
+        ["cp", "send", None, None, 7, 2],
+    ]
 
 
 def test_traffic_steps_parity_and_bubble(open_page: Open) -> None:
@@ -298,6 +350,17 @@ def test_traffic_steps_parity_and_bubble(open_page: Open) -> None:
     assert page.locator("#chart-parity .limit").count() == 2  # in the drawing and in its key
     [bubble] = numbers_of(page, "bubble")
     assert bubble == {"run": "pp-1f1b", "measured, %": 31, "ideal, %": 20}
+
+
+def test_parts_of_a_step_that_nobody_timed_are_absent_and_not_zero(open_page: Open) -> None:
+    half, none = complete_record("half"), complete_record("none")
+    half["throughput"]["step_parts"]["idle_seconds"] = None
+    none["throughput"]["step_parts"] = None
+    page = open_page({"half": half, "none": none})
+    rows = {row["run"]: list(row.values())[1:] for row in numbers_of(page, "step")}
+    assert rows == {"half": [0.18, 0.05, None, pytest.approx(0.23)], "none": [None] * 4}
+    for text in ("≥ 0.23", "not measured"):
+        expect(page.locator("#chart-step .drawing")).to_contain_text(text)
 
 
 def test_traffic_of_unknown_size_is_no_zero(open_page: Open) -> None:
@@ -321,6 +384,56 @@ def test_loss_curves_and_the_pipeline_as_it_ran(open_page: Open) -> None:
     assert len(timeline) == 8
     assert timeline[0]["start, ms"] == pytest.approx(0) and timeline[0]["end, ms"] == pytest.approx(10)
     assert {row["action"] for row in timeline} == {"forward", "backward"}
+    drawing = page.locator("#chart-timeline .drawing")
+    for text in ("pp-1f1b", "bubble 31 %, ideal 20 %", "rank 1, stage 1", "F0F1", "B0B1", "ms since"):
+        expect(drawing).to_contain_text(text)
+    lane = drawing.locator("rect").first
+    lane.hover(position={"x": 5, "y": 9})
+    assert lane.text_content() == "forward, microbatch 0, stage 0: 10.0 ms"
+
+
+def test_split_backwards_of_several_stages_are_told_apart(open_page: Open) -> None:
+    record = pipelined(complete_record("zbv", pp=2))
+    record["pipeline"]["timeline"] = [
+        {
+            **{"rank": rank, "stage": stage, "microbatch": 3, "action": action},
+            **{"start_seconds": 7 + at + 4 * (stage > 1), "end_seconds": 8 + at + 4 * (stage > 1)},
+        }
+        for rank, stages in ((0, (0, 3)), (1, (1, 2)))
+        for stage in stages
+        for at, action in enumerate(("forward", "backward_input", "backward_weight"))
+    ]
+    page = open_page({"zbv": record})
+    key = page.locator("#chart-timeline .key li").all_text_contents()
+    assert key == ["F: forward", "I: backward, inputs", "W: backward, weights"]
+    drawing = page.locator("#chart-timeline .drawing")
+    assert drawing.locator("path").count() == 2 * 2 * 3  # ranks, stages, actions
+    assert drawing.locator("path.later").count() == 2 * 3
+    colours = drawing.locator("path").evaluate_all("paths => paths.map(path => getComputedStyle(path).fill)")
+    assert len(set(colours)) == 6
+    assert drawing.locator(".label").all_text_contents() == ["F3", "I3", "W3"] * 4
+    expect(drawing).to_contain_text("rank 0, stages 0, 3")
+
+
+def test_a_long_timeline_stays_a_small_drawing(open_page: Open) -> None:
+    record = complete_record("long", pp=4)
+    record["pipeline"]["timeline"] = [
+        {
+            **{"rank": rank, "stage": rank // 16, "microbatch": n, "action": "forward"},
+            **{"start_seconds": n / 100, "end_seconds": (n + 1) / 100},
+        }
+        for rank in range(64)
+        for n in range(1000)
+    ]
+    page = open_page({"long": record})
+    drawing = page.locator("#chart-timeline .drawing")
+    for rank in (0, 16, 32, 48):  # one of each stage
+        expect(drawing).to_contain_text(f"rank {rank}, stage")
+    assert drawing.locator("path").count() == 4
+    assert (drawing.locator("path").first.get_attribute("d") or "").count("z") == 1000
+    assert drawing.locator("*").count() < 100
+    assert len(numbers_of(page, "timeline")) == 500
+    expect(page.locator("#chart-timeline caption")).to_have_text("The first 500 actions of each run.")
 
 
 def test_what_was_not_measured_is_said_and_never_drawn_as_zero(open_page: Open) -> None:
@@ -404,7 +517,24 @@ def test_each_run_tells_its_recipe_command_versions_and_hardware(open_page: Open
     ]
     assert "[parallel]\npp = 1\ndp_replicate = 1\ndp_shard = 2\ncp = 1\ntp = 2" in recipe
     expect(details).to_contain_text("Test CPU, 2 cores")
+    expect(details).to_contain_text("16 steps timed; left out: 3 warm-up, 1 profile")
+    expect(details).to_contain_text("memory and trafficof step 2")
     expect(details).to_contain_text(empty_record("a")["environment"]["torch"])
+
+
+def test_no_mfu_has_its_reason(open_page: Open) -> None:
+    unknown, short = complete_record("unknown-device"), complete_record("short")
+    unknown["flops"] |= {"mfu": None, "peak_flops": None, "peak_source": "no datasheet peak of 'Test GPU' is known"}
+    short["flops"]["mfu"] = None
+    short["throughput"]["step_seconds"] = {"median": None, "p10": None, "p90": None}
+    page = open_page({"unknown-device": unknown, "short": short, "silent": empty_record("silent")})
+    for name, told in (
+        ("unknown-device", "MFUnone: no datasheet peak of 'Test GPU' is known"),
+        ("short", "MFUnone: no step was timed"),
+        ("silent", "MFU–not measured"),
+    ):
+        page.locator("#runs").get_by_role("link", name=name).click()
+        expect(page.locator(f"#details details[data-id={name}]")).to_contain_text(told)
 
 
 def test_comparisons_machines_and_their_history(open_page: Open) -> None:
@@ -448,6 +578,7 @@ def test_comparisons_machines_and_their_history(open_page: Open) -> None:
 def test_axe_finds_nothing(open_page: Open, dark: bool) -> None:
     page = open_page(complete_comparison(), dark=dark)
     page.evaluate("for (const details of document.querySelectorAll('details')) details.open = true")
+    expect(page.locator("figure .numbers table")).to_have_count(len(CHARTS))
     page.evaluate((files("axe_playwright_python") / "axe.min.js").read_text())
     found = page.evaluate("axe.run().then(({passes, violations}) => ({passes: passes.length, violations}))")
     serious = [
@@ -518,7 +649,7 @@ def test_a_record_full_of_script_shows_as_text(open_page: Open) -> None:
     good["environment"] |= {"cpu": HOSTILE, "torch": HOSTILE, "git_commit": HOSTILE}
     good["traffic"][0] |= {"mesh_dim": HOSTILE, "collective": "</script><script>window.harmed = 1</script>"}
     good["flops"]["peak_source"] = HOSTILE
-    good["throughput"]["step_parts"][HOSTILE] = 0.1
+    good["throughput"]["steps_left_out"][HOSTILE] = 1
     good["pipeline"]["timeline"] = [
         {"rank": 0, "stage": HOSTILE, "microbatch": 1, "action": HOSTILE, "start_seconds": 0, "end_seconds": 1}
     ]
@@ -563,6 +694,7 @@ def test_a_thousand_records_stay_a_small_document(open_page: Open) -> None:
     page = open_page(records)
     assert page.locator("#runs tbody tr[data-id]").count() == 200
     assert page.locator("#charts figure .drawing").count() > 5
+    assert page.locator("figure table").count() == 0  # before its numbers are asked for
     assert page.evaluate("document.querySelectorAll('*').length") < 15_000
     expect(page.locator("#drawn")).to_have_text("40 runs chosen in the table above")
     page.get_by_role("button", name="Compare all shown").click()

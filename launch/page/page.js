@@ -3,12 +3,21 @@
 // Texts reach the document through textContent alone.
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const RUNS = DATA.runs;
+const unfolded = (text) => JSON.parse(text); // curves and timelines, which are long: read for the runs that are drawn
 const PARITY_LIMIT = 1e-10; // relative difference of float64 gradients; rounding gives 1e-15
 const MOST_ROWS = 200; // of the table, until all are asked for
 const MOST_DRAWN = 40; // runs in a chart
+const MOST_TIMELINES = 8;
+const MOST_ACTIONS = 500; // of a run, in the table of its timeline
 const MEMORY = ["parameters", "gradients", "optimizer", "activations", "other"];
 const MESH_DIMS = ["pp", "dp_replicate", "dp_shard", "cp", "tp"];
 const STEP_PARTS = { compute: "compute", communication: "exposed communication", idle: "idle in the pipeline" };
+const ACTIONS = { // letter, name and series
+  forward: ["F", "forward", 0],
+  backward: ["B", "backward", 1],
+  backward_input: ["I", "backward, inputs", 2],
+  backward_weight: ["W", "backward, weights", 4],
+};
 const DASHES = ["", "7 4", "2 3", "10 3 2 3", "4 2", "1 4"];
 
 // ---- small tools ---------------------------------------------------------------------------------------------------
@@ -257,7 +266,8 @@ function drawUnfinished() {
 
 /** A figure: what it shows, a legend, the drawing, and the same numbers as a table.
  *
- * table: {head, rows}, of texts and numbers (null: not measured). Without `draw` it says that nothing was measured.
+ * table: {head, rows, note}, of texts and numbers (null: not measured), made when it is opened. Without `draw` it says
+ * that nothing was measured.
  */
 function figure({ id, title, about, missing, key, draw, table, wide, name }) {
   const frame = element("figure", { id: `chart-${id}`, class: wide && draw ? "wide" : null },
@@ -279,23 +289,22 @@ function figure({ id, title, about, missing, key, draw, table, wide, name }) {
     drawing.setAttribute("aria-labelledby", `title-${id} desc-${id}`);
     box.replaceChildren(drawing);
   };
-  frame.append(dataTable(`${title}: numbers`, table.head, table.rows));
+  const numbers_ = element("details", { class: "numbers" }, element("summary", {}, "Numbers"));
+  numbers_.addEventListener("toggle", () => numbers_.append(dataTable(`${title}: numbers`, table)), { once: true });
+  frame.append(numbers_);
   return frame;
 }
 
-function dataTable(caption, head, rows) {
+function dataTable(caption, { head, rows, note }) {
   const columns = head.map((_, i) => rows.map((row) => row[i]));
   const formats = columns.map((column, i) => (/difference/.test(head[i]) ? scientific : formatter(column)));
   const isText = columns.map((column) => column.every((value) => !isNumber(value)) && column.some((value) => value !== null));
-  return element("details", {},
-    element("summary", {}, "Numbers"),
-    element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
-      element("table", {},
-        element("caption", { class: "hidden" }, caption),
-        element("thead", {}, element("tr", {}, ...head.map((text, i) => element("th", { scope: "col", class: isText[i] ? "text" : null }, text)))),
-        element("tbody", {}, ...rows.map(([first, ...others]) =>
-          element("tr", {}, element("th", { scope: "row" }, String(first)), ...others.map((value, i) => cell(value, formats[i + 1])))))),
-    ));
+  return element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
+    element("table", {},
+      element("caption", { class: note ? null : "hidden" }, note ?? caption),
+      element("thead", {}, element("tr", {}, ...head.map((text, i) => element("th", { scope: "col", class: isText[i] ? "text" : null }, text)))),
+      element("tbody", {}, ...rows.map(([first, ...others]) =>
+        element("tr", {}, element("th", { scope: "row" }, String(first)), ...others.map((value, i) => cell(value, formats[i + 1])))))));
 }
 
 /** A mark of the legend. */
@@ -342,7 +351,7 @@ const axisFormat = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
 
 /** A row per run: names to the left, marks on a shared axis, numbers to the right.
  *
- * rows: {run, label, lines: [{mark(x, y, height) -> nodes, or null, cells: [text], tag}]}; columns: heads of the cells.
+ * rows: {run, lines: [{mark(x, y, height) -> nodes, or null, cells: [text], tag, why}]}; columns: heads of the cells.
  * scale: {x(fraction function), ticks}. On a narrow screen the name is above its marks.
  */
 function rowChart(width, { rows, columns, unit, most, lineHeight = 20, scale, extra }) {
@@ -350,7 +359,7 @@ function rowChart(width, { rows, columns, unit, most, lineHeight = 20, scale, ex
   const severalGroups = new Set(rows.map(({ run }) => run.group)).size > 1;
   const longest = Math.max(...rows.map(({ run }) => run.name.length));
   const nameWidth = narrow ? 0 : Math.min(longest * 6.4 + 12, width * 0.3);
-  const tagWidth = Math.max(...rows.flatMap(({ lines }) => lines.map(({ tag }) => (tag ? tag.length * 5.6 + 8 : 0))));
+  const tagWidth = Math.max(...rows.flatMap(({ lines }) => lines.map(({ tag }) => (tag ? tag.length * 6.2 + 12 : 0))));
   const cellWidth = Math.max(46, ...columns.map((head) => head.length * 6.2 + 8));
   const shownColumns = narrow ? columns.slice(0, 1) : columns;
   const left = nameWidth + tagWidth;
@@ -371,11 +380,11 @@ function rowChart(width, { rows, columns, unit, most, lineHeight = 20, scale, ex
     const name = clipped(run.name, narrow ? width : nameWidth);
     body.append(shape("text", { x: 0, y: narrow ? y + 11 : y + lineHeight / 2 + 4 }, name, shape("title", {}, run.name)));
     if (narrow) y += 16;
-    for (const { mark, cells, tag } of lines) {
+    for (const { mark, cells, tag, why } of lines) {
       const middle = y + lineHeight / 2 + 4;
       if (tag) body.append(shape("text", { x: left - 8, y: middle, class: "soft end" }, tag));
       if (mark) body.append(...mark(x, y + 2, lineHeight - 4));
-      else body.append(shape("text", { x: left, y: middle, class: "soft" }, run.status === "ok" ? "not measured" : run.status));
+      else body.append(shape("text", { x: left, y: middle, class: "soft" }, run.status === "ok" ? "not measured" : run.status, why ? shape("title", {}, why) : null));
       shownColumns.forEach((_, i) => {
         if (mark) body.append(shape("text", { x: right + (i + 1) * cellWidth, y: middle, class: i ? "soft end" : "end" }, cells[i] ?? "–"));
       });
@@ -401,6 +410,13 @@ function clipped(text, width) {
 
 // ---- charts: one function each -------------------------------------------------------------------------------------
 
+/** In words, why a run has no MFU; null where it has one, or where nobody said. */
+function whyNoMfu({ flops, step_seconds }) {
+  if (flops.mfu !== null) return null;
+  if (flops.peak_flops === null) return flops.peak_source;
+  return step_seconds.median === null ? "no step was timed" : flops.definition;
+}
+
 function utilisationChart(runs) {
   const known = runs.some((run) => isNumber(run.flops.mfu) || isNumber(run.flops.hfu) || isNumber(run.flops.mfu_causal));
   const all = runs.map((run) => [run.flops.mfu, run.flops.mfu_causal, run.flops.hfu, ceilingOf(run)].map(percent));
@@ -414,7 +430,7 @@ function utilisationChart(runs) {
       ceiling === null ? null : shape("line", { x1: x(ceiling), x2: x(ceiling), y1: y - 3, y2: y + height + 3, class: "ceiling" }),
     ].filter(Boolean);
     const measured = [mfu, causal, hfu].some(isNumber);
-    return { run, lines: [{ mark: measured ? mark : null, cells: [mfu, causal, hfu].map((v) => (v === null ? "–" : format(v))) }] };
+    return { run, lines: [{ mark: measured ? mark : null, why: whyNoMfu(run), cells: [mfu, causal, hfu].map((v) => (v === null ? "–" : format(v))) }] };
   });
   const line = (name) => () => shape("line", { x1: 11, x2: 11, y1: 0, y2: 12, class: name });
   return figure({
@@ -458,119 +474,206 @@ function speedChart(runs) {
     draw: values.some(([value]) => value !== null) &&
       ((width) => rowChart(width, { rows, columns: ["tokens/s"], unit: "tokens/s, all ranks", most: largest(values.flat()) })),
     table: {
-      head: ["run", "tokens/s", "slow steps (p90), tokens/s", "fast steps (p10), tokens/s", "tokens/s per rank", "step median, s", "step p10, s", "step p90, s", "CPU, s per step"],
-      rows: runs.map((run, i) => [run.name, ...values[i], run.tokens_per_s_per_rank, run.step_seconds.median, run.step_seconds.p10, run.step_seconds.p90, run.cpu_seconds_per_step]),
+      head: ["run", "tokens/s", "slow steps (p90), tokens/s", "fast steps (p10), tokens/s", "tokens/s per rank", "step median, s", "step p10, s", "step p90, s", "CPU, s per step", "steps timed"],
+      rows: runs.map((run, i) => [run.name, ...values[i], run.tokens_per_s_per_rank, run.step_seconds.median, run.step_seconds.p10, run.step_seconds.p90, run.cpu_seconds_per_step, run.steps_timed]),
     },
   });
 }
 
-/** Bars in parts: lines of [{parts: {name: value}, total, atLeast, tag}] per run; atLeast: a part is not known. */
-function stackedRows(runs, linesOf, order, size, format) {
-  return runs.map((run) => {
-    const lines = linesOf(run).map(({ parts, total, atLeast, tag }) => {
-      const mark = (x, y, height) => {
-        const nodes = [];
-        let start = 0;
-        order.forEach((name, series) => {
-          const value = parts?.[name] ?? 0;
-          if (!value) return;
-          nodes.push(...block(x(start / size), y + 1, x((start + value) / size) - x(start / size), height - 2, series, `${name}: ${format(value / size)}`));
-          start += value;
-        });
-        if (total - start > 0.005 * total) { // of which nobody knows what it is
-          nodes.push(shape("rect", { x: x(start / size), y: y + 1, width: x(total / size) - x(start / size), height: height - 2, class: "unsplit" }));
-        }
-        return [shape("g", { class: tag?.startsWith("predicted") ? "predicted" : null }, ...nodes)];
-      };
-      return { mark: total === null ? null : mark, cells: [total === null ? "–" : (atLeast ? "≥ " : "") + format(total / size)], tag };
-    });
-    return { run, lines };
+/** Lines of stacked bars, each with its prediction, where there is one, as a thin bar beneath it.
+ *
+ * linesOf(run): [{measured, predicted, tag}], each a stack {segments: [[series, value, what]], total, atLeast} or null.
+ */
+function stackedRows(runs, linesOf, { size, format, columns }) {
+  const inWords = (stack) => (stack ? (stack.atLeast ? "≥ " : "") + format(stack.total / size) : "–");
+  const rows = runs.map((run) => ({
+    run,
+    lines: linesOf(run).map(({ measured, predicted, tag }) => ({
+      tag,
+      cells: columns.map((name) => inWords(name === "predicted" ? predicted : measured)),
+      mark: (measured || predicted) && ((x, y, height) => [
+        ...(measured ? stackedBar(measured, x, y, predicted ? height - 6 : height, size, format) : []),
+        ...(predicted ? stackedBar(predicted, x, measured ? y + height - 5 : y + height / 2 - 2, 4, size, format, "predicted ") : []),
+      ]),
+    })),
+  }));
+  return rows;
+}
+
+function stackedBar({ segments, total }, x, y, height, size, format, what = "") {
+  const nodes = [];
+  let start = 0;
+  for (const [series, value, name] of segments) {
+    if (!value) continue;
+    const [from, to] = [x(start / size), x((start + value) / size)];
+    // Neighbours of one colour are told apart by a gap.
+    nodes.push(...block(from, y, Math.max(0.5, to - from - (to - from > 3 ? 0.7 : 0)), height, series, `${what}${name}: ${format(value / size)}`));
+    start += value;
+  }
+  if (total - start > 0.005 * total) { // of which nobody knows what it is
+    nodes.push(shape("rect", { x: x(start / size), y, width: x(total / size) - x(start / size), height, class: "unsplit" }));
+  }
+  return nodes;
+}
+
+const PREDICTED_MARK = [() => shape("g", {}, ...block(0, 4, 22, 4, 0)), "thin bar: predicted by a dry run"];
+
+/** Columns of a chart that may have predictions. */
+function predictedColumns(unit, anyMeasured, anyPredicted) {
+  if (!anyPredicted) return [unit];
+  return anyMeasured ? ["measured", "predicted"] : ["predicted"];
+}
+
+/** How well predictions hold. pairs: [[measured numbers], [predicted numbers]] of each run that has both. */
+function agreement(pairs) {
+  if (!pairs.length) return "";
+  const off = pairs.map(([measured, predicted]) => {
+    if (measured.length !== predicted.length) return Infinity;
+    return Math.max(0, ...measured.map((value, i) => (value === predicted[i] ? 0 : Math.abs(predicted[i] - value) / (value || predicted[i]))));
   });
+  const exact = off.filter((each) => each === 0).length;
+  const runs_ = `${pairs.length} ${pairs.length === 1 ? "run has" : "runs have"} a prediction`;
+  if (exact === pairs.length) return `${runs_}: ${exact === 1 ? "it is" : "all are"} equal to the byte.`;
+  const worst = Math.max(...off);
+  return `${runs_}: ${exact} equal to the byte, the furthest off ${Number.isFinite(worst) ? `by ${axisFormat.format(worst * 100)} %` : "in what is sent"}.`;
 }
 
 function memoryChart(runs) {
-  const linesOf = (run) => {
-    const lines = [];
-    const add = (memory, kind) => {
-      for (const end of ["largest", "smallest"]) {
-        const rank = memory?.[end];
-        if (!rank || (end === "smallest" && memory.ranks === 1)) continue;
-        lines.push({ kind, end, rank, parts: rank, total: rank.peak_bytes, tag: `${kind} ${end === "largest" ? "max" : "min"}` });
-      }
-    };
-    add(run.memory, run.kind === "dry-run" ? "predicted" : "measured");
-    add(run.predicted_memory, "predicted");
-    return lines.length ? lines : [{ parts: null, total: null, tag: null }];
+  const stack = (rank) => rank && {
+    segments: MEMORY.map((name, i) => [i, rank[name], name]),
+    total: rank.peak_bytes,
   };
-  const all = runs.flatMap((run) => linesOf(run).map((line) => ({ run, ...line })));
-  const [unit, size] = byteUnit(all.map(({ total }) => total));
-  const format = formatter(all.map(({ total }) => total && total / size));
-  const unsplit = all.some(({ total, parts }) => total - sum(MEMORY.map((name) => parts?.[name])) > 0.005 * total);
+  // A dry run of one rank knows neither the largest nor the smallest.
+  const measuredOf = (run) => (run.kind === "dry-run" ? null : run.memory);
+  const predictedOf = (run) => (run.kind === "dry-run" ? run.memory : run.predicted?.memory ?? null);
+  const linesOf = (run) => {
+    const [measured, predicted] = [measuredOf(run), predictedOf(run)];
+    const ends = run.world_size === 1 ? ["largest"] : ["largest", "smallest"];
+    const lines = ends.map((end) => ({ end: `${end} rank`, measured: measured?.[end] ?? null, predicted: predicted?.all_known ? predicted[end] : null }));
+    if (predicted && !predicted.all_known) lines.push({ end: `rank ${predicted.largest.rank}, others unknown`, measured: null, predicted: predicted.largest });
+    return lines.filter((line) => line.measured || line.predicted);
+  };
+  const all = runs.flatMap((run) => linesOf(run).flatMap((line) => ["measured", "predicted"].filter((kind) => line[kind]).map((kind) => ({ run, kind, end: line.end, rank: line[kind] }))));
+  const peaks = all.map(({ rank }) => rank.peak_bytes);
+  const [unit, size] = byteUnit(peaks);
+  const format = formatter(peaks.map((peak) => peak / size));
+  const drawnOf = (run) => {
+    const lines = linesOf(run).map(({ end, measured, predicted }) => ({ tag: end.startsWith("rank") ? end.split(",")[0] : end === "largest rank" ? "max" : "min", measured: stack(measured), predicted: stack(predicted) }));
+    const shown = ({ measured, predicted }) => JSON.stringify([measured, predicted].map((each) => each && format(each.total / size)));
+    if (lines.length === 2 && shown(lines[0]) === shown(lines[1])) lines.pop();
+    if (lines.length === 1 && lines[0].tag === "max") lines[0].tag = null;
+    return lines.length ? lines : [{ measured: null, predicted: null }];
+  };
+  const unsplit = all.some(({ rank }) => rank.peak_bytes - sum(MEMORY.map((name) => rank[name])) > 0.005 * rank.peak_bytes);
+  const anyPredicted = all.some(({ kind }) => kind === "predicted");
+  const columns = predictedColumns(unit, all.some(({ kind }) => kind === "measured"), anyPredicted);
+  const both = runs.filter((run) => measuredOf(run) && predictedOf(run)?.all_known);
+  const extremes = ({ largest: most, smallest: least }) => [most.peak_bytes, least?.peak_bytes ?? null];
+  const steps = unique(numbers(runs.map((run) => run.memory?.step)));
+  const when = steps.length === 1 ? ` in step ${steps[0]}` : "";
   return figure({
     id: "memory",
     title: "Memory",
-    about: `Peak of the rank that needs most and of the one that needs least, by what fills it. Predicted: the dry run of the same recipe.`,
-    key: [...MEMORY.map((name, i) => [i, name]), ...(unsplit ? [[() => shape("rect", { x: 1, y: 1, width: 20, height: 10, class: "unsplit" }), "not split"]] : [])],
-    draw: all.some(({ total }) => total !== null) &&
-      ((width) => rowChart(width, { rows: stackedRows(runs, linesOf, MEMORY, size, format), columns: [unit], unit: `peak of one rank, ${unit}`, most: largest(all.map(({ total }) => total)) / size, lineHeight: 16 })),
+    about: `Peak${when} of the rank that needs most and of the one that needs least, by what fills it; one bar where they need the same. ${agreement(both.map((run) => [extremes(measuredOf(run)), extremes(predictedOf(run))]))}`,
+    key: [
+      ...MEMORY.map((name, i) => [i, name]),
+      ...(unsplit ? [[() => shape("rect", { x: 1, y: 1, width: 20, height: 10, class: "unsplit" }), "not split"]] : []),
+      ...(anyPredicted ? [PREDICTED_MARK] : []),
+    ],
+    draw: all.length > 0 && ((width) => rowChart(width, {
+      rows: stackedRows(runs, drawnOf, { size, format, columns }),
+      columns, unit: `peak of one rank, ${unit}`, most: largest(peaks) / size, lineHeight: anyPredicted ? 20 : 16,
+    })),
     table: {
-      head: ["run", "figure", "rank", `peak, ${unit}`, ...MEMORY.map((name) => `${name}, ${unit}`), `the allocator's own peak, ${unit}`],
-      rows: all.map(({ run, tag, total, rank, kind, end }) => [
-        run.name, kind ? `${kind}, ${end} rank` : null, rank?.rank ?? null, total === null ? null : total / size,
-        ...[...MEMORY, "allocator_peak"].map((name) => (isNumber(rank?.[name]) ? rank[name] / size : null)),
-      ]),
-    },
-  });
-}
-
-function trafficChart(runs) {
-  const present = unique(runs.flatMap((run) => (run.traffic ?? []).map(({ mesh_dim }) => mesh_dim)));
-  const dims = unique([...MESH_DIMS, ...present]).filter((name) => present.includes(name));
-  const unknown = runs.some((run) => run.traffic?.some((row) => row.bytes_per_rank === null));
-  const linesOf = (run) => {
-    if (!run.traffic) return [{ parts: null, total: null }];
-    const parts = {};
-    for (const { mesh_dim, bytes_per_rank } of run.traffic) parts[mesh_dim] = (parts[mesh_dim] ?? 0) + (bytes_per_rank ?? 0);
-    return [{ parts, total: sum(Object.values(parts)), atLeast: run.traffic.some((row) => row.bytes_per_rank === null) }];
-  };
-  const totals = runs.map((run) => linesOf(run)[0].total);
-  const [unit, size] = byteUnit(totals);
-  const format = formatter(totals.map((total) => total && total / size));
-  return figure({
-    id: "traffic",
-    title: "Traffic",
-    about: `Bytes that a rank sends in a step, by the mesh dimension along which they travel; of each kind of message, by the rank that sends most.${unknown ? " ≥: some collective's bytes are not known." : ""}`,
-    key: dims.map((name, i) => [i, name]),
-    draw: totals.some((total) => total !== null) &&
-      ((width) => rowChart(width, { rows: stackedRows(runs, linesOf, dims, size, format), columns: [unit], unit: `${unit} per rank and step`, most: largest(totals) / size })),
-    table: {
-      head: ["run", "mesh dimension", "collective", "calls per step", `${unit} per rank`],
+      head: ["run", "figure", "rank", `peak, ${unit}`, ...MEMORY.map((name) => `${name}, ${unit}`), `the allocator's own peak, ${unit}`, "in step"],
       rows: runs.flatMap((run) => {
-        if (!run.traffic) return [[run.name, null, null, null, null]];
-        if (!run.traffic.length) return [[run.name, "none", "none", 0, 0]];
-        return run.traffic.map((row) => [run.name, row.mesh_dim, row.collective, row.calls, isNumber(row.bytes_per_rank) ? row.bytes_per_rank / size : null]);
+        const own = all.filter((each) => each.run === run);
+        if (!own.length) return [[run.name, ...Array(5 + MEMORY.length).fill(null)]];
+        return own.map(({ kind, end, rank }) => [
+          run.name, `${kind}, ${end}`, rank.rank, rank.peak_bytes / size,
+          ...[...MEMORY, "allocator_peak"].map((name) => (isNumber(rank[name]) ? rank[name] / size : null)),
+          (kind === "measured" ? measuredOf(run) : predictedOf(run)).step,
+        ]);
       }),
     },
   });
 }
 
+function trafficChart(runs) {
+  const measuredOf = (run) => (run.kind === "dry-run" ? null : run.traffic);
+  const predictedOf = (run) => (run.kind === "dry-run" ? run.traffic : run.predicted?.traffic ?? null);
+  const all = runs.flatMap((run) => [measuredOf(run), predictedOf(run)].filter(Boolean));
+  const present = unique(all.flat().map(({ mesh_dim }) => mesh_dim));
+  const dims = unique([...MESH_DIMS, ...present]).filter((name) => present.includes(name));
+  const isUnknown = ({ bytes_per_rank }) => bytes_per_rank === null;
+  const total = (rows) => sum(rows.map(({ bytes_per_rank }) => bytes_per_rank));
+  const [unit, size] = byteUnit(all.map(total));
+  const format = formatter(all.map((rows) => total(rows) / size));
+  const stack = (rows) => rows && {
+    segments: dims.flatMap((dim, i) => rows.filter(({ mesh_dim }) => mesh_dim === dim).map((row) => [i, row.bytes_per_rank, `${dim} ${row.collective}`])),
+    total: total(rows),
+    atLeast: rows.some(isUnknown),
+  };
+  const anyPredicted = runs.some(predictedOf);
+  const columns = predictedColumns(unit, runs.some(measuredOf), anyPredicted);
+  const nameOf = ({ mesh_dim, collective }) => JSON.stringify([mesh_dim, collective]);
+  const inOrder = (rows) => [...rows].sort((a, b) => (nameOf(a) < nameOf(b) ? -1 : 1));
+  const both = runs.filter((run) => measuredOf(run) && predictedOf(run) && ![...measuredOf(run), ...predictedOf(run)].some(isUnknown));
+  const pairs = both.map((run) => {
+    const [measured, predicted] = [inOrder(measuredOf(run)), inOrder(predictedOf(run))];
+    const same = JSON.stringify(measured.map(nameOf)) === JSON.stringify(predicted.map(nameOf));
+    return same ? [measured, predicted].map((rows) => rows.map(({ bytes_per_rank }) => bytes_per_rank)) : [[total(measured)], []];
+  });
+  const inUnit = (row) => (isNumber(row?.bytes_per_rank) ? row.bytes_per_rank / size : null);
+  const tableRows = (run) => {
+    const [measured, predicted] = [measuredOf(run), predictedOf(run)];
+    if (!measured && !predicted) return [[run.name, null, null, null, null]];
+    if (!measured?.length && !predicted?.length) return [[run.name, "none", "none", measured && 0, measured && 0, predicted && 0, predicted && 0]];
+    const expected = new Map((predicted ?? []).map((row) => [nameOf(row), row]));
+    const known = new Set((measured ?? []).map(nameOf));
+    const extra = (predicted ?? []).filter((row) => !known.has(nameOf(row)));
+    const line = (row, own, theirs) => [run.name, row.mesh_dim, row.collective, own?.calls ?? null, inUnit(own), theirs?.calls ?? null, inUnit(theirs)];
+    return [...(measured ?? []).map((row) => line(row, row, expected.get(nameOf(row)))), ...extra.map((row) => line(row, null, row))];
+  };
+  const head = ["run", "mesh dimension", "collective", "calls per step", `${unit} per rank`, "predicted calls", `predicted ${unit}`];
+  const shown = anyPredicted ? head.length : 5;
+  return figure({
+    id: "traffic",
+    title: "Traffic",
+    about: `Bytes that a rank sends in a step, by the mesh dimension along which they travel; of each kind of message, by the rank that sends most. ${agreement(pairs)}${all.flat().some(isUnknown) ? " ≥: some collective's bytes are not known." : ""}`,
+    key: [...dims.map((name, i) => [i, name]), ...(anyPredicted ? [PREDICTED_MARK] : [])],
+    draw: all.length > 0 && ((width) => rowChart(width, {
+      rows: stackedRows(runs, (run) => [{ measured: stack(measuredOf(run)), predicted: stack(predictedOf(run)) }], { size, format, columns }),
+      columns, unit: `${unit} per rank and step`, most: largest(all.map(total)) / size,
+    })),
+    table: {
+      head: head.slice(0, shown),
+      rows: runs.flatMap(tableRows).map((row) => head.slice(0, shown).map((_, i) => row[i] ?? null)),
+    },
+  });
+}
+
 function stepChart(runs) {
-  const names = unique([...Object.keys(STEP_PARTS), ...runs.flatMap((run) => Object.keys(run.step_parts ?? {}))]);
-  const linesOf = (run) => [{ parts: run.step_parts, total: run.step_parts ? sum(Object.values(run.step_parts)) : null }];
-  const totals = runs.map((run) => linesOf(run)[0].total);
+  const names = Object.keys(STEP_PARTS);
+  const stack = ({ step_parts: parts }) => parts && {
+    segments: names.map((name, i) => [i, parts[name], STEP_PARTS[name]]),
+    total: sum(Object.values(parts)),
+    atLeast: names.some((name) => parts[name] === null),
+  };
+  const totals = runs.map((run) => stack(run)?.total ?? null);
   const [unit, size] = timeUnit(totals);
   const format = formatter(totals.map((total) => total && total / size));
-  const label = (name) => STEP_PARTS[name] ?? name.replaceAll("_", " ");
   return figure({
     id: "step",
     title: "Step time in its parts",
-    about: "What one rank does during a step, on average: compute, communication that nothing hides, waiting for another stage.",
-    key: names.map((name, i) => [i, label(name)]),
+    about: "The step of median length, mean over ranks: compute, communication that nothing hides, waiting for a neighbour in the pipeline.",
+    missing: "Not measured in these runs.",
+    key: names.map((name, i) => [i, STEP_PARTS[name]]),
     draw: totals.some((total) => total !== null) &&
-      ((width) => rowChart(width, { rows: stackedRows(runs, linesOf, names, size, format), columns: [unit], unit: `${unit} per step`, most: largest(totals) / size })),
+      ((width) => rowChart(width, { rows: stackedRows(runs, (run) => [{ measured: stack(run) }], { size, format, columns: [unit] }), columns: [unit], unit: `${unit} per step`, most: largest(totals) / size })),
     table: {
-      head: ["run", ...names.map((name) => `${label(name)}, ${unit}`), `sum, ${unit}`],
-      rows: runs.map((run, i) => [run.name, ...names.map((name) => (isNumber(run.step_parts?.[name]) ? run.step_parts[name] / size : null)), totals[i] === null ? null : totals[i] / size]),
+      head: ["run", ...names.map((name) => `${STEP_PARTS[name]}, ${unit}`), `sum, ${unit}`],
+      rows: runs.map((run, i) => [run.name, ...[...names.map((name) => run.step_parts?.[name]), totals[i]].map((seconds) => (isNumber(seconds) ? seconds / size : null))]),
     },
   });
 }
@@ -615,7 +718,7 @@ function parityChart(runs) {
 }
 
 function lossChart(runs) {
-  const curves = runs.map((run, i) => ({ run, series: i, ...run.steps })).filter(({ step }) => step.length > 1);
+  const curves = runs.map((run, i) => ({ run, series: i, ...unfolded(run.steps) })).filter(({ step }) => step.length > 1);
   const steps = unique(curves.flatMap(({ step }) => step)).sort((a, b) => a - b);
   const tableSteps = steps.filter((_, i) => i % Math.ceil(steps.length / 100) === 0 || i === steps.length - 1);
   const lookup = curves.map(({ step, loss }) => new Map(step.map((number, i) => [number, loss[i]])));
@@ -698,55 +801,45 @@ function bubbleChart(runs) {
     const [measured, ideal] = values[i];
     const mark = (x, y, height) => [
       ...(measured === null ? [] : block(x(0), y + 2, x(measured) - x(0), height - 4, 0, `measured ${format(measured)} %`)),
-      ...(ideal === null ? [] : [shape("line", { x1: x(ideal), x2: x(ideal), y1: y - 2, y2: y + height + 2, class: "ceiling" })]),
+      ...(ideal === null ? [] : ["halo", "ceiling"].map((name) => shape("line", { x1: x(ideal), x2: x(ideal), y1: y - 2, y2: y + height + 2, class: name }))),
     ];
     return { run, lines: [{ mark, cells: values[i].map((value) => (value === null ? "–" : format(value))) }] };
   });
   return figure({
     id: "bubble",
     title: "Pipeline bubble",
-    about: "Share of a step in which a stage waits: measured, and what the schedule would leave if all microbatches took the same time.",
+    about: "Share of the time from a step's first action to its last in which ranks wait: measured, and what the schedule would leave if all microbatches took the same time.",
     missing: "Not measured: none of these runs has a pipeline whose bubble was timed.",
     key: [[0, "measured"], [() => shape("line", { x1: 11, x2: 11, y1: 0, y2: 12, class: "ceiling" }), "ideal of the schedule"]],
-    draw: piped.length > 0 && ((width) => rowChart(width, { rows, columns: ["measured", "ideal"], unit: "% of the step", most: largest(values.flat()) })),
+    draw: piped.length > 0 && ((width) => rowChart(width, { rows, columns: ["measured", "ideal"], unit: "% of that time", most: largest(values.flat()) })),
     table: { head: ["run", "measured, %", "ideal, %"], rows: piped.map((run, i) => [run.name, ...values[i]]) },
   });
 }
 
-const ACTIONS = [ // what an action is called, and its series
-  [/^(forward|f)$/i, "forward", 0],
-  [/^(backward|full_backward|b)$/i, "backward", 1],
-  [/^(backward_?input|i)$/i, "backward, inputs", 2],
-  [/^(backward_?weight|w)$/i, "backward, weights", 4],
-];
-const actionOf = (action) => ACTIONS.find(([pattern]) => pattern.test(action)) ?? [null, action, 5];
+const actionOf = (kind) => ACTIONS[Object.hasOwn(ACTIONS, kind) ? kind : ""] ?? ["", kind, 5];
 
 function timelineChart(runs) {
-  const piped = runs.filter((run) => run.timeline).slice(0, 8);
-  const spans = piped.map(({ timeline }) => {
-    const start = timeline.reduce((least, { start_seconds }) => Math.min(least, start_seconds), Infinity);
-    return { start, length: timeline.reduce((most, { end_seconds }) => Math.max(most, end_seconds), 0) - start };
-  });
-  const [unit, size] = timeUnit(spans.map(({ length }) => length));
-  const kinds = new Map(piped.flatMap(({ timeline }) => timeline.map(({ action }) => actionOf(action))).map(([, label, series]) => [label, series]));
+  const all = runs.filter((run) => run.timeline);
+  const piped = all.slice(0, MOST_TIMELINES).map((run) => ({ ...run, timeline: unfolded(run.timeline) }));
+  const most = largest(piped.flatMap(({ timeline }) => timeline.actions.map(([,,,,, end]) => end)));
+  const kinds = new Map(piped.flatMap(({ timeline }) => timeline.kinds.map(actionOf)).map((action) => [action[1], action]));
+  const lanes = piped.map(({ timeline }) => lanesOf(timeline));
+  const someRanks = piped.some(({ timeline }, i) => timeline.ranks > lanes[i].length);
+  const severalStages = lanes.flat().some(({ stages }) => stages.length > 1);
   const draw = (width) => {
-    const left = 52;
-    const ticks = ticksTo(largest(spans.map(({ length }) => length)) / size, width < 460 ? 4 : 8);
-    const x = (value) => left + (value / ticks.at(-1)) * (width - left - 10);
+    const names = width < 460 ? lanes.flat().map(({ rank }) => `rank ${rank}`) : lanes.flat().map(({ name }) => name);
+    const left = Math.min(width / 3, 14 + 5.6 * Math.max(...names.map((name) => name.length)));
+    const ticks = ticksTo(most * 1e3, width < 460 ? 4 : 8); // ms
+    const x = (ms) => left + (ms / ticks.at(-1)) * (width - left - 10);
     const marks = shape("g");
     let y = 0;
     piped.forEach((run, i) => {
-      y += i ? 18 : 4;
-      marks.append(shape("text", { x: 0, y: y + 11, class: "strong" }, clipped(`${run.name}, ${run.recipe.pipeline?.schedule ?? "pipeline"}`, width)));
+      y += y ? 18 : 4;
+      const bubble = [["bubble", run.bubble], ["ideal", run.bubble_ideal]].filter(([, share]) => share !== null).map(([what, share]) => `${what} ${axisFormat.format(share * 100)} %`);
+      marks.append(shape("text", { x: 0, y: y + 11 }, shape("tspan", { class: "strong" }, clipped(run.name, width / 2)), shape("tspan", { class: "soft", dx: 10 }, bubble.join(", "))));
       y += 20;
-      for (const rank of unique(run.timeline.map((item) => item.rank)).sort((a, b) => a - b)) {
-        marks.append(shape("text", { x: 0, y: y + 14, class: "soft" }, `rank ${rank}`));
-        for (const item of run.timeline.filter((each) => each.rank === rank)) {
-          const [from, to] = [item.start_seconds, item.end_seconds].map((second) => x((second - spans[i].start) / size));
-          const [, label, series] = actionOf(item.action);
-          marks.append(...block(from, y, Math.max(0.5, to - from - 0.8), 19, series, `${label}, microbatch ${item.microbatch}, stage ${item.stage}: ${((item.end_seconds - item.start_seconds) / size).toPrecision(3)} ${unit}`));
-          if (to - from > 14 && item.microbatch !== null) marks.append(shape("text", { x: (from + to) / 2, y: y + 13, class: "inside" }, String(item.microbatch)));
-        }
+      for (const lane of lanes[i]) {
+        marks.append(shape("text", { x: 0, y: y + 14, class: "soft" }, clipped(names.shift(), left + 12)), ...laneMarks(lane, { x, y, left, right: width - 10 }));
         y += 22;
       }
     });
@@ -754,22 +847,96 @@ function timelineChart(runs) {
       shape("line", { x1: x(tick), x2: x(tick), y1: 20, y2: y, class: "gridline" }),
       shape("text", { x: x(tick), y: y + 15, class: "soft middle" }, axisFormat.format(tick)),
     ]);
-    const foot = shape("text", { x: (left + width) / 2, y: y + 32, class: "soft middle" }, `${unit} since the step's first action`);
+    const foot = shape("text", { x: (left + width) / 2, y: y + 32, class: "soft middle" }, "ms since the step's first action");
     return shape("svg", { width, height: y + 40, viewBox: `0 0 ${width} ${y + 40}` }, ...axis, foot, marks);
   };
+  const tooMany = piped.some(({ timeline }) => timeline.actions.length > MOST_ACTIONS);
   return figure({
     id: "timeline",
     title: "Pipeline schedule, as it ran",
-    about: "What each rank did in one step. Numbers in a block are microbatches; gaps are the bubble. All on one scale of time.",
+    about: "What each rank did in one step, all on one scale of time. A letter is the action, its number the microbatch; gaps are the bubble." +
+      (severalStages ? " Where a rank holds several stages, every second one is fainter." : "") +
+      (someRanks ? " Of ranks with the same stages, the first is shown." : "") +
+      (all.length > piped.length ? ` The first ${piped.length} of ${all.length} are drawn.` : ""),
     missing: "Not measured: none of these runs has a timeline of its pipeline.",
-    key: [...kinds].map(([label, series]) => [series, label]),
+    key: [...kinds.values()].map(([letter, label, series]) => [() => shape("rect", { x: 0, y: 1, width: 22, height: 10, class: `f${series}` }), letter ? `${letter}: ${label}` : label]),
     draw: piped.length > 0 && draw,
     table: {
-      head: ["run", "rank", "stage", "microbatch", "action", `start, ${unit}`, `end, ${unit}`],
-      rows: piped.flatMap((run, i) => run.timeline.slice(0, 500).map((item) => [run.name, item.rank, item.stage, item.microbatch, actionOf(item.action)[1], (item.start_seconds - spans[i].start) / size, (item.end_seconds - spans[i].start) / size])),
+      head: ["run", "rank", "stage", "microbatch", "action", "start, ms", "end, ms"],
+      rows: piped.flatMap(({ name, timeline }) => timeline.actions.slice(0, MOST_ACTIONS).map(([rank, stage, microbatch, kind, start, end]) =>
+        [name, rank, stage, microbatch, actionOf(timeline.kinds[kind])[1], start * 1e3, end * 1e3])),
+      note: tooMany ? `The first ${MOST_ACTIONS} actions of each run.` : null,
     },
     wide: true,
   });
+}
+
+/** [{rank, stages, name, actions: [{letter, label, series, microbatch, stage, from, to}]}], times in ms. */
+function lanesOf({ kinds, actions }) {
+  const lanes = new Map();
+  for (const [rank, stage, microbatch, kind, start, end] of actions) {
+    if (!lanes.has(rank)) lanes.set(rank, { rank, actions: [] });
+    const [letter, label, series] = actionOf(kinds[kind]);
+    lanes.get(rank).actions.push({ letter, label, series, microbatch, stage, from: start * 1e3, to: end * 1e3 });
+  }
+  for (const lane of lanes.values()) {
+    lane.stages = unique(numbers(lane.actions.map(({ stage }) => stage))).sort((a, b) => a - b);
+    lane.name = `rank ${lane.rank}${lane.stages.length ? `, stage${lane.stages.length > 1 ? "s" : ""} ${lane.stages.join(", ")}` : ""}`;
+  }
+  return [...lanes.values()].sort((a, b) => a.rank - b.rank);
+}
+
+/** One rank's actions in few nodes, however many there are: of each colour, one path and one text with all labels. */
+function laneMarks({ stages, actions }, { x, y, left, right }) {
+  const height = 19;
+  const colours = new Map();
+  for (const { letter, series, microbatch, stage, from, to } of actions) {
+    const [start, end] = [x(from), x(to)];
+    const colour = `f${series}${stages.indexOf(stage) % 2 === 1 ? " later" : ""}`;
+    if (!colours.has(colour)) colours.set(colour, { outline: "", blocks: [] });
+    const marks = colours.get(colour);
+    const length = Math.max(0.5, end - start - (end - start > 3 ? 0.8 : 0)).toFixed(1);
+    marks.outline += `M${start.toFixed(1)} ${y}h${length}v${height}h-${length}z`;
+    marks.blocks.push({ letter, microbatch: String(microbatch ?? ""), start, end });
+  }
+  const tip = shape("title");
+  const tell = (event) => {
+    const box = event.currentTarget.getBoundingClientRect();
+    const at = left + ((event.clientX - box.left) / box.width) * (right - left);
+    const under = actions.find(({ from, to }) => x(from) <= at && at <= x(to));
+    tip.textContent = under ? `${under.label}, microbatch ${under.microbatch ?? "unknown"}, stage ${under.stage ?? "unknown"}: ${(under.to - under.from).toPrecision(3)} ms` : "";
+  };
+  return [
+    ...[...colours].flatMap(([colour, { outline, blocks }]) => [
+      shape("path", { d: outline, class: colour }),
+      blockLabels(blocks, { y: y + 13.5, class: `label on-${colour}` }),
+    ].filter(Boolean)),
+    shape("rect", { x: left, y, width: right - left, height, fill: "transparent", onpointermove: tell }, tip),
+  ];
+}
+
+/** Letter and microbatch where most blocks have room for both, else the letter, else nothing: lone labels are noise.
+ *
+ * One text, each character in its place.
+ */
+function blockLabels(blocks, attributes) {
+  const advance = (glyph) => ({ W: 9.5, I: 3.5 })[glyph] ?? 6;
+  const lengthOf = (text) => sum([...text].map(advance));
+  const fits = ({ start, end }, text) => lengthOf(text) + Math.min(3, text.length) <= end - start;
+  const most = (labelOf) => blocks.filter((each) => fits(each, labelOf(each))).length > 0.6 * blocks.length;
+  const both = most(({ letter, microbatch }) => letter + microbatch);
+  if (!both && !most(({ letter }) => letter)) return null;
+  const [glyphs, at] = [[], []];
+  for (const { letter, microbatch, start, end } of blocks) {
+    const label = [both ? letter + microbatch : letter, letter].find((text) => fits({ start, end }, text)) ?? "";
+    let place = (start + end - lengthOf(label)) / 2;
+    for (const glyph of label) {
+      glyphs.push(glyph);
+      at.push((place + advance(glyph) / 2).toFixed(1));
+      place += advance(glyph);
+    }
+  }
+  return shape("text", { x: at.join(" "), ...attributes }, glyphs.join(""));
 }
 
 function drawCharts() {
@@ -870,17 +1037,28 @@ function drawDetails(runs) {
   );
 }
 
+/** As "17 steps timed; left out: 3 warm-up, 1 profile". */
+function stepsInWords({ steps_timed: timed, steps_left_out: leftOut }) {
+  if (timed === null) return null;
+  const reasons = Object.entries(leftOut ?? {}).filter(([, count]) => count).map(([reason, count]) => `${count} ${reason}`);
+  return `${timed} ${timed === 1 ? "step" : "steps"} timed${reasons.length ? `; left out: ${reasons.join(", ")}` : ""}`;
+}
+
 function detailsOf(run) {
-  const { environment, flops } = run;
+  const { environment, flops, memory } = run;
+  const format = (share) => `${axisFormat.format(share * 100)} %`;
+  const mfu = flops.mfu === null ? whyNoMfu(run) && `none: ${whyNoMfu(run)}` : format(flops.mfu);
   const facts = [
-    ["status", run.status], ["layout", run.layout], ["ranks", run.world_size], ["hardware", run.hardware],
+    ["status", run.status], ["MFU", mfu], ["steps", stepsInWords(run)],
+    ["memory and traffic", memory && isNumber(memory.step) ? `of step ${memory.step}` : null],
+    ["about the memory", memory?.note ?? undefined], ["layout", run.layout], ["ranks", run.world_size], ["hardware", run.hardware],
     ["device", environment.device], ["backend", environment.backend], ["torch", environment.torch], ["Python", environment.python],
     ["NumPy", environment.numpy], ["parallel-lab", environment.parallel_lab], ["commit", environment.git_commit],
     ["platform", environment.platform], ["CPU of the host", environment.cpu], ["cores of the host", environment.cores],
     ["accelerators", Array.isArray(environment.accelerators) ? environment.accelerators.join(", ") || "none" : null],
     ["data", environment.data], ["time, UTC", day(environment.time_utc)], ["definition of MFU", flops.definition], ["source of the peak", flops.peak_source],
   ];
-  const rows = facts.map(([label, value]) => element("tr", {}, element("th", { scope: "row" }, label), value === null || value === undefined ? cell(null) : element("td", {}, String(value))));
+  const rows = facts.filter(([, value]) => value !== undefined).map(([label, value]) => element("tr", {}, element("th", { scope: "row" }, label), value === null ? cell(null) : element("td", {}, String(value))));
   const block_ = (title, text) => [element("h3", {}, title), element("pre", { tabindex: "0", role: "region", "aria-label": `${title} of ${run.name}` }, text)];
   return element("div", { class: "columns" },
     element("div", {},
