@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.compare import Comparison, is_comparison, load_comparison, run_comparison
+from launch.compare import Comparison, is_comparison, load_comparison, predict, run_comparison
 from launch.folder import RUN_FILES, refuse_other_folder, variant_order
 from launch.page import write_page
 from launch.supervisor import Interrupted, refuse_too_many, supervise
 from launch.table import remark_on, row, short_layout, table
-from launch.terminal import PEAK_HELP, CommandError, Parser, check_peak_flops, did_you_mean, printable
+from launch.terminal import CommandError, Parser, add_rank_options, did_you_mean, n_bytes, printable, rank_options
 from parallel.corpus import open_corpus
 from parallel.measure.record import read_record, read_records, record_json, version, write_record
 from parallel.recipe import Data, Model, Recipe, RecipeError, load_recipe, read_toml
@@ -23,8 +23,11 @@ EXAMPLES = """examples:
   lab check recipes/strategies/*.toml                  is every recipe right? starts nothing
   lab run recipes/strategies/fsdp.toml                 4 processes on this machine
   lab run recipes/strategies/fsdp.toml --set train.steps=5 --set sharding.prefetch=2
+  lab check recipes/large/*.toml --memory 80GiB        would each fit? a dry run of every kind of rank
+  lab dry-run recipes/large/llama3-8b-fsdp.toml --world-size 1024
+                                                       memory and traffic of a rank, from this machine alone
   lab compare recipes/compare/first-look.toml          a table of four strategies in a minute
-  lab report runs/first-look                           that table again, from its files
+  lab report runs --html page.html                     a page of every result in a folder
 
 exit codes: 0 done, 1 a run failed, 2 the recipe or the command line is wrong"""
 
@@ -68,6 +71,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     compare = command("compare", compare_variants, "Run every variant of a comparison, then print the table.")
     report = command("report", report_folder, "Print the table of result files.")
     check.add_argument("files", metavar="RECIPE|COMPARISON", nargs="+", help="TOML files")
+    check.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="of one accelerator, as 80GiB: refuse what a dry run of every rank does not fit",
+    )
     run.add_argument("recipe", metavar="RECIPE", help="a TOML file")
     run.add_argument("--nproc", metavar="N", type=int, help="processes; must be the product of [parallel]")
     dry.add_argument("recipe", metavar="RECIPE", help="a TOML file")
@@ -78,8 +86,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     which.add_argument("--rank", metavar="R", type=int, default=0, help="which rank; default: 0")
     which.add_argument("--all-distinct-ranks", action="store_true", help="one rank of each kind")
     dry.add_argument("--out", metavar="DIR", type=Path, help="write DIR/<name>/record.json, too")
-    run.add_argument("--peak-flops", metavar="FLOPS", type=float, help=PEAK_HELP)
     compare.add_argument("comparison", metavar="COMPARISON", help="a TOML file; see recipes/compare/")
+    compare.add_argument(
+        "--resume", action="store_true", help="keep what an interrupted call has done with the same recipes and code"
+    )
+    compare.add_argument(
+        "--predict", action="store_true", help="dry-run every variant, too: the page shows predicted beside measured"
+    )
     report.add_argument("folder", metavar="DIR", type=Path, help="of a run, a comparison, or several of them")
     report.add_argument("--html", metavar="FILE", type=Path, help="write a page of all results in and below DIR, too")
     for parser_ in (check, run, dry, compare):
@@ -87,6 +100,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             "--set", metavar="KEY=VALUE", action="append", default=[], help="over the file, as train.steps=5; repeat it"
         )
     for parser_ in (run, compare):
+        add_rank_options(parser_)
         parser_.add_argument("--out", metavar="DIR", type=Path, default=Path("runs"), help="results; default: runs")
 
     first = next((argument for argument in argv if not argument.startswith("-")), None)
@@ -102,7 +116,18 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def check_files(arguments: argparse.Namespace) -> int:
+    memory_bytes = None if arguments.memory is None else n_bytes("--memory", arguments.memory)
     checked: list[dict[str, Any]] = []
+
+    def note(file: str, name: str | None, recipe: Recipe | None) -> dict[str, Any]:
+        checked.append({"file": file, "name": name, "error": None, **_summary(recipe), "fullest_rank": None})
+        return checked[-1]
+
+    def refuse(summary: dict[str, Any], error: Exception) -> None:
+        summary["error"] = str(error)
+        whose = "" if summary["file"] in str(error) else f"{summary['file']}: "
+        print(f"lab: {printable(whose + str(error))}", file=sys.stderr)
+
     for file in arguments.files:
         try:
             if is_comparison(read_toml(file)):
@@ -110,11 +135,16 @@ def check_files(arguments: argparse.Namespace) -> int:
             else:
                 recipe = _recipe(file, arguments.set)
                 found = [(recipe.name, recipe)]
-            checked += [{"file": file, "name": name, "error": None, **_summary(recipe)} for name, recipe in found]
         except (RecipeError, CommandError) as error:
-            checked.append({"file": file, "name": None, "error": str(error), **_summary(None)})
-            whose = "" if file in str(error) else f"{file}: "
-            print(f"lab: {printable(whose + str(error))}", file=sys.stderr)
+            refuse(note(file, None, None), error)
+            continue
+        for name, one in found:
+            summary = note(file, name, one)
+            if memory_bytes is not None and one is not None:
+                try:
+                    summary["fullest_rank"] = _fullest_rank(one, memory_bytes, arguments.memory)
+                except RecipeError as error:
+                    refuse(summary, error)
     if arguments.json:
         print(record_json(checked))
     else:
@@ -122,6 +152,15 @@ def check_files(arguments: argparse.Namespace) -> int:
             if summary["error"] is None:
                 print(printable(f"{summary['file']}: {_in_words(summary)}"))
     return 2 if any(summary["error"] for summary in checked) else 0
+
+
+def _fullest_rank(recipe: Recipe, memory_bytes: int, given: str) -> dict[str, int]:
+    from parallel.dryrun import refuse_too_large  # other commands live without torch
+
+    def say(line: str) -> None:
+        print(f"  {recipe.name}: dry run of {line}", file=sys.stderr, flush=True)
+
+    return refuse_too_large(recipe, memory_bytes=memory_bytes, given=given, say=say)
 
 
 def run_recipe(arguments: argparse.Namespace) -> int:
@@ -132,11 +171,9 @@ def run_recipe(arguments: argparse.Namespace) -> int:
         remedy = f"the product of [parallel] is {recipe.world_size}; give that, or leave --nproc out"
         raise RecipeError("--nproc", arguments.nproc, remedy)
     refuse_too_many(recipe)
-    check_peak_flops(arguments.peak_flops)
+    options = rank_options(arguments)
     say = _progress(arguments)
-    record = supervise(
-        recipe, out=arguments.out, echo=lambda line: say(printable(line)), peak_flops=arguments.peak_flops
-    )
+    record = supervise(recipe, out=arguments.out, echo=lambda line: say(printable(line)), options=options)
     if arguments.json:
         print(record_json(record))
     if record["status"] == "refused":
@@ -163,7 +200,7 @@ def dry_run_recipe(arguments: argparse.Namespace) -> int:
     if arguments.world_size is not None:
         recipe = scaled(recipe, arguments.world_size)
     ranks = list(distinct_ranks(recipe)) if arguments.all_distinct_ranks else [arguments.rank]
-    record = dry_run(recipe, ranks=ranks)
+    record = dry_run(recipe, ranks=ranks, say=lambda line: print(f"  {line}", file=sys.stderr, flush=True))
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_record(path, record)
@@ -175,8 +212,14 @@ def dry_run_recipe(arguments: argparse.Namespace) -> int:
 
 def compare_variants(arguments: argparse.Namespace) -> int:
     comparison = _comparison(arguments.comparison, arguments.set)
+    options = rank_options(arguments)
     say = _progress(arguments)
-    records = run_comparison(comparison, out=arguments.out, say=say)
+    try:
+        records = run_comparison(comparison, out=arguments.out, say=say, options=options, resume=arguments.resume)
+    except Interrupted as signal:
+        raise Interrupted(f"{signal}; --resume goes on with what is left") from None
+    if arguments.predict:
+        predict(comparison, out=arguments.out, say=say)
     folder = arguments.out / comparison.name
     text = table(records)
     (folder / "table.txt").write_text(f"{text}\n", encoding="utf-8")
@@ -247,10 +290,13 @@ def _in_words(summary: dict[str, Any]) -> str:
     if summary["world_size"] is None:
         return f"{summary['name']}: refused, as expected"
     ranks = f"{summary['world_size']} ranks ({summary['layout']})" if summary["world_size"] > 1 else "1 rank"
-    return (
+    words = (
         f"{summary['name']}: {ranks}, microbatches {summary['n_microbatches']}, stages {summary['n_stages']},"
         f" parameters {summary['parameters']:,}"
     )
+    if fullest := summary["fullest_rank"]:
+        words += f", at most {fullest['peak_bytes'] / 2**30:.4g} GiB (rank {fullest['rank']})"
+    return words
 
 
 def _dry_run_in_words(record: dict[str, Any]) -> str:

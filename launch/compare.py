@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.folder import prepare_comparison
+from launch.folder import PREDICTED, prepare_comparison
 from launch.supervisor import supervise
 from launch.table import progress_line
 from launch.terminal import CommandError, did_you_mean
-from parallel.measure.record import new_record, write_record
+from parallel.measure.record import environment, new_record, read_record, write_record
 from parallel.recipe import SECTIONS, Recipe, RecipeError, apply_overrides, check_name, read_toml, recipe_from_tables
 
 KEYS = ("name", "base", "variant")
@@ -134,34 +134,76 @@ def _refuse_unknown_keys(tables: Mapping[str, Any]) -> None:
 # ---- running -------------------------------------------------------------------------------------------------------
 
 
-def run_comparison(comparison: Comparison, *, out: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def run_comparison(
+    comparison: Comparison,
+    *,
+    out: Path,
+    say: Callable[[str], None],
+    options: Sequence[str] = (),
+    resume: bool = False,
+) -> list[dict[str, Any]]:
     """Runs every variant, each whatever came of the others; the records, in order. `say` gets lines of progress.
 
+    resume: takes the records of variants that an earlier, interrupted call has done as they are.
     Writes out/<name>/<variant>/ as each is done. Raises RecipeError before anything is started where a folder cannot
     be used, and Interrupted.
     """
     folder = out / comparison.name
-    n = len(comparison.variants)
-    prepare_comparison(folder, comparison.name, [variant.name for variant in comparison.variants])
-    start = time.monotonic()
+    done = _done(comparison, folder) if resume else {}
+    prepare_comparison(folder, comparison.name, [variant.name for variant in comparison.variants], keep=done)
+    n, n_left = len(comparison.variants), len(comparison.variants) - len(done)
+    start, n_run = time.monotonic(), 0
     records = []
-    for done, variant in enumerate(comparison.variants):
-        elapsed = time.monotonic() - start
-        left = f", about {_clock(elapsed / done * (n - done))} left" if done else ""
-        say(f"[{done + 1}/{n}] {variant.name}  ({_clock(elapsed)} elapsed{left})")
-        records.append(_run_variant(variant, folder))
+    for number, variant in enumerate(comparison.variants, start=1):
+        if variant.name in done:
+            say(f"[{number}/{n}] {variant.name}  (done before)")
+            records.append(done[variant.name])
+        else:
+            elapsed = time.monotonic() - start
+            left = f", about {_clock(elapsed / n_run * (n_left - n_run))} left" if n_run else ""
+            say(f"[{number}/{n}] {variant.name}  ({_clock(elapsed)} elapsed{left})")
+            records.append(_run_variant(variant, folder, options))
+            n_run += 1
         say(progress_line(records[-1]))
     return records
 
 
-def _run_variant(variant: Variant, folder: Path) -> dict[str, Any]:
+def predict(comparison: Comparison, *, out: Path, say: Callable[[str], None]) -> None:
+    """Dry-runs every variant, to out/<name>/predicted/<variant>/: the page shows it beside what was measured."""
+    from parallel.dryrun import distinct_ranks, dry_run  # a comparison alone lives without torch
+
+    for variant in comparison.variants:
+        if variant.recipe is not None:
+            say(f"dry run of {variant.name}")
+            folder = out / comparison.name / PREDICTED / variant.name
+            folder.mkdir(parents=True, exist_ok=True)
+            record = dry_run(variant.recipe, ranks=list(distinct_ranks(variant.recipe)))
+            write_record(folder / "record.json", record)
+
+
+def _done(comparison: Comparison, folder: Path) -> dict[str, dict[str, Any]]:
+    """The records in `folder` that another run of their variant would only repeat: of the same recipe and code."""
+    here = environment()
+    done = {}
+    for variant in comparison.variants:
+        path = folder / variant.name / "record.json"
+        if variant.recipe is not None and path.exists():
+            record = read_record(path)
+            same_code = all(record["environment"][key] == here[key] for key in ("parallel_lab", "git_commit", "torch"))
+            same_recipe = record["recipe"] == variant.recipe.resolved()
+            if record["status"] in ("ok", "oom") and same_recipe and same_code:
+                done[variant.name] = record
+    return done
+
+
+def _run_variant(variant: Variant, folder: Path, options: Sequence[str]) -> dict[str, Any]:
     if variant.recipe is None:
         record = new_record(variant.tables) | {"status": "refused", "reason": variant.reason}
         (folder / variant.name).mkdir()
         write_record(folder / variant.name / "record.json", record)
         return record
     try:
-        return supervise(variant.recipe, out=folder)
+        return supervise(variant.recipe, out=folder, options=options)
     except (OSError, subprocess.SubprocessError, RecipeError) as error:  # no more processes, disk or access
         return new_record(variant.recipe) | {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
 

@@ -1,14 +1,14 @@
 """The folders of results: DIR/<name>/ of a run, and of a comparison, whose variants are runs in it.
 
-    run          recipe.toml  record.json  steps.jsonl  logs/rank-<r>.log
-    comparison   comparison.json (the variants, in order)  table.txt  page.html  <variant>/
+    run          recipe.toml  record.json  steps.jsonl  logs/rank-<r>.log  trace-rank-<r>.json.gz
+    comparison   comparison.json (the variants, in order)  table.txt  page.html  <variant>/  predicted/<variant>/
 
 A folder that holds something else is refused, and no file but these is ever removed.
 """
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from parallel.recipe import Recipe, RecipeError, check_name
 
 RUN_FILES = ("recipe.toml", "record.json", "steps.jsonl")
 COMPARISON_FILES = ("comparison.json", "table.txt", "page.html")
+PREDICTED = "predicted"  # dry runs of a comparison's variants
 
 
 def refuse_other_folder(folder: Path, marks: tuple[str, ...]) -> None:
@@ -54,18 +55,23 @@ def remove_run(folder: Path) -> None:
 
 
 def remove_results(folder: Path) -> None:
-    for path in (folder / "record.json", folder / "steps.jsonl", *folder.glob("record.json.*.partial")):
+    known = (folder / "record.json", folder / "steps.jsonl")
+    for path in (*known, *folder.glob("record.json.*.partial"), *folder.glob("trace-rank-*.json.gz")):
         path.unlink(missing_ok=True)
 
 
-def prepare_comparison(folder: Path, name: str, variants: Sequence[str]) -> None:
-    """A folder for a comparison, without the results of an earlier one of this name. Raises RecipeError."""
+def prepare_comparison(folder: Path, name: str, variants: Sequence[str], *, keep: Collection[str] = ()) -> None:
+    """A folder for a comparison, without the results of an earlier one of this name but those of the variants to keep.
+
+    Raises RecipeError.
+    """
     refuse_other_folder(folder, COMPARISON_FILES)
     for variant in variants:
         refuse_other_folder(folder / variant, RUN_FILES)
     try:
-        for variant in {*variants, *variant_order(folder)}:
+        for variant in {*variants, *variant_order(folder)}.difference(keep):
             remove_run(folder / variant)
+            remove_run(folder / PREDICTED / variant)
         folder.mkdir(parents=True, exist_ok=True)
         for file in ("table.txt", "page.html"):
             (folder / file).unlink(missing_ok=True)

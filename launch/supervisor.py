@@ -87,9 +87,11 @@ def refuse_too_many(recipe: Recipe) -> None:
 
 
 def supervise(
-    recipe: Recipe, *, out: Path, echo: Callable[[str], None] | None = None, peak_flops: float | None = None
+    recipe: Recipe, *, out: Path, echo: Callable[[str], None] | None = None, options: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Runs `recipe` in out/<name>/ and returns its record, whatever came of it; `echo` gets what rank 0 prints.
+
+    options: of `rank_options`.
 
     Raises RecipeError where the folder cannot be used, and Interrupted, with the record written, where SIGINT, SIGTERM
     or SIGHUP came. When it returns or raises no process of the run is left.
@@ -97,7 +99,6 @@ def supervise(
     folder = out / recipe.name
     prepare_run(folder)
     (folder / "recipe.toml").write_text(recipe_toml(recipe), encoding="utf-8")
-    options = [] if peak_flops is None else ["--peak-flops", repr(peak_flops)]
     ranks: list[Rank] = []
     failure: tuple[str, str] | None = None
     with _signals() as received:

@@ -9,13 +9,6 @@ from typing import Any, NoReturn
 
 from parallel.recipe import RecipeError
 
-PEAK_HELP = "dense FLOP/s of one rank's device, as 989e12, for MFU where its datasheet is not known"
-
-
-def check_peak_flops(peak_flops: float | None) -> None:
-    if peak_flops is not None and not 0 < peak_flops < math.inf:
-        raise RecipeError("--peak-flops", peak_flops, "give the dense FLOP/s of one device, as 989e12")
-
 
 class CommandError(ValueError):
     """A command line or a comparison file that cannot be run. Its text is one line."""
@@ -51,3 +44,36 @@ class Parser(argparse.ArgumentParser):
             if text != text.encode(errors="replace").decode():  # bytes that are no text
                 raise CommandError(f"--set = {text!r}: is not UTF-8; write section.key=value, as in train.steps=5")
         return arguments
+
+
+def n_bytes(key: str, text: str) -> int:
+    """ "80GiB" in bytes. Raises RecipeError."""
+    match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?) ?([KMGT]i?B)", text)
+    if not match:
+        raise RecipeError(key, text, "give a number and KiB, MiB, GiB, TiB (or KB, MB, GB, TB), as in 80GiB")
+    number, prefix, binary = match[1], match[2][0], "i" in match[2]
+    return int(float(number) * (1024 if binary else 1000) ** (1 + "KMGT".index(prefix)))
+
+
+# ---- what every rank is told, too -----------------------------------------------------------------------------------
+
+
+def add_rank_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `lab run` and `lab compare` hand on to launch.train."""
+    parser.add_argument(
+        "--peak-flops",
+        metavar="FLOPS",
+        type=float,
+        help="dense FLOP/s of one rank's device, as 989e12, for MFU where its datasheet is not known",
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="each rank writes a trace of step 4, which ui.perfetto.dev shows"
+    )
+
+
+def rank_options(arguments: argparse.Namespace) -> list[str]:
+    """Those options, checked, as a command line has them. Raises RecipeError."""
+    peak_flops = arguments.peak_flops
+    if peak_flops is not None and not 0 < peak_flops < math.inf:
+        raise RecipeError("--peak-flops", peak_flops, "give the dense FLOP/s of one device, as 989e12")
+    return ["--profile"] * arguments.profile + ([] if peak_flops is None else ["--peak-flops", repr(peak_flops)])

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from launch.folder import RUN_FILES, refuse_other_folder, remove_results
-from launch.terminal import PEAK_HELP, CommandError, Parser, check_peak_flops, printable
+from launch.terminal import CommandError, Parser, add_rank_options, printable, rank_options
 from parallel.measure.record import new_record, read_steps, record_json
 from parallel.recipe import Recipe, RecipeError, load_recipe
 
@@ -40,9 +40,9 @@ def main(argv: list[str]) -> int:
         parser.add_argument("recipe", metavar="RECIPE", help="a TOML file; see recipes/")
         parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="as train.steps=5")
         parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs"), help="default: runs")
-        parser.add_argument("--peak-flops", metavar="FLOPS", type=float, help=PEAK_HELP)
+        add_rank_options(parser)
         arguments = parser.parse(argv)
-        check_peak_flops(arguments.peak_flops)
+        rank_options(arguments)
         recipe = load_recipe(arguments.recipe, arguments.set)
         if world_size != recipe.world_size:
             raise RecipeError(
@@ -63,15 +63,15 @@ def main(argv: list[str]) -> int:
         if rank == 0:
             print(f"launch.train: {printable(error)}", file=sys.stderr)
         return 2
-    return run(recipe, folder, rank, arguments.peak_flops)
+    return run(recipe, folder, rank, peak_flops=arguments.peak_flops, profile=arguments.profile)
 
 
-def run(recipe: Recipe, folder: Path, rank: int, peak_flops: float | None) -> int:
+def run(recipe: Recipe, folder: Path, rank: int, *, peak_flops: float | None, profile: bool) -> int:
     """Trains; whatever goes wrong is printed, and recorded by the first rank that it happens to."""
     try:
         from parallel.training import train  # after the checks: torch takes seconds to import
 
-        train(recipe, out=folder, peak_flops=peak_flops)
+        train(recipe, out=folder, peak_flops=peak_flops, profile=profile)
         return 0
     except RecipeError as error:  # what only this host could tell: no such device, no such data
         if record_failure(recipe, folder, "refused", str(error)):

@@ -6,12 +6,16 @@ Nothing here assumes a real device or a real process group.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import record_function
 
 from parallel.gradients import clip_gradients, gradient_norm
 from parallel.mesh import group_of, local_part, slice_like
@@ -24,6 +28,11 @@ from parallel.strategies.sharding import apply_sharding, before_microbatch
 from parallel.strategies.tensor import apply_tensor, rows_of_rank, tensor_parallel_loss
 from parallel.transformer import Transformer, cross_entropy, initial_weight
 
+ATTENTION_KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -36,6 +45,7 @@ class Assembled:
     mesh: DeviceMesh
     forward_backward: Callable[[Tensor, Tensor], Tensor]
     buckets: GradientBuckets | None
+    pipeline: PipelineStep | None
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """This rank's parameters under their names in the whole model. Copies in two stages bear the same name."""
@@ -114,7 +124,8 @@ def assemble(
             n_backwards=recipe.n_microbatches,
             overlap=recipe.ddp.overlap,
         )
-    return Assembled(recipe, stages, mesh, _forward_backward(recipe, stages, mesh, device, buckets), buckets)
+    forward_backward, pipeline = _forward_backward(recipe, stages, mesh, device, buckets)
+    return Assembled(recipe, stages, mesh, forward_backward, buckets, pipeline)
 
 
 @torch.no_grad()
@@ -142,7 +153,7 @@ def load_no_weights(model: Transformer, recipe: Recipe, device: torch.device) ->
 
 def _forward_backward(
     recipe: Recipe, stages: list[Transformer], mesh: DeviceMesh, device: torch.device, buckets: GradientBuckets | None
-) -> Callable[[Tensor, Tensor], Tensor]:
+) -> tuple[Callable[[Tensor, Tensor], Tensor], PipelineStep | None]:
     train, parallel, data_ranks = recipe.train, recipe.parallel, mesh["data"].size()
     # Each token's share of the mean loss; times data_ranks because gradients are then averaged over those.
     scale = data_ranks / (train.global_batch * train.seq_len)
@@ -172,14 +183,16 @@ def _forward_backward(
             if parallel.dp_shard > 1:
                 before_microbatch(model, last=start == starts[-1])
             rows = slice(start, start + recipe.micro_batch)  # the last microbatch may be short
-            loss = loss_of(model(tokens[rows]), targets[rows])
-            loss.backward()
+            with record_function("forward"):
+                loss = loss_of(model(tokens[rows]), targets[rows])
+            with record_function("backward"):
+                loss.backward()
             total += loss.detach()
         return total
 
-    run = accumulate
+    pipeline = None
     if parallel.pp > 1:
-        run = PipelineStep(
+        pipeline = PipelineStep(
             stages,
             recipe=recipe,
             mesh=mesh["pp"],
@@ -189,10 +202,14 @@ def _forward_backward(
             vocab_size=len(rows_of_rank(recipe.model.vocab_size, mesh["tp"])),
         )
 
+    run = pipeline or accumulate
+    kernels = partial(sdpa_kernel, ATTENTION_KERNELS[train.attention]) if train.attention != "auto" else nullcontext
+
     def forward_backward(tokens: Tensor, targets: Tensor) -> Tensor:
         if positions is not None:
             tokens, targets = tokens[:, positions], targets[:, positions]
-        loss = run(tokens, targets)
+        with kernels():
+            loss = run(tokens, targets)
         if buckets is not None:
             buckets.finish()
         if parallel.pp > 1:
@@ -201,4 +218,4 @@ def _forward_backward(
             dist.all_reduce(loss, group=group_of(mesh, "data"))
         return loss / data_ranks
 
-    return forward_backward
+    return forward_backward, pipeline

@@ -4,6 +4,8 @@ They are torch's functional ones, which return a new tensor: where the forward o
 torch.compile of torch 2.11 silently loses the gradient.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
@@ -29,3 +31,10 @@ def reduce_scatter(x: Tensor, *, dim: int, group: dist.ProcessGroup) -> Tensor:
 def all_reduce(x: Tensor, *, group: dist.ProcessGroup, op: str = "sum") -> Tensor:
     """The sum (or op = "max") over ranks, in a new tensor."""
     return functional.wait_tensor(functional.all_reduce(x.contiguous(), op, group))
+
+
+def gathered(value: Any) -> list[Any]:
+    """The objects that the ranks give, by rank, on every rank. For what is small and rare: they are pickled."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

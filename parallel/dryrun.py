@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -34,7 +34,7 @@ from parallel.measure.memory import memory_section
 from parallel.measure.record import new_record
 from parallel.mesh import build_mesh
 from parallel.recipe import Recipe, RecipeError, recipe_from_tables
-from parallel.step import Measures, largest_traffic, make_optimizer, measured_step, train_step
+from parallel.step import Measures, largest_traffic, make_optimizer, measured_step, pipeline_section, train_step
 from parallel.strategies.pipeline import stages_of_rank
 
 CPU = torch.device("cpu")  # fake CUDA tensors need a CUDA build
@@ -46,17 +46,18 @@ MEMORY_NOTE = (
 EAGER_NOTE = " As eager code runs: what torch.compile fuses or computes again is not modelled."
 
 
-def dry_run(recipe: Recipe, *, ranks: Sequence[int]) -> dict[str, Any]:
+def dry_run(recipe: Recipe, *, ranks: Sequence[int], say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """The record of `recipe`, of kind "dry-run", for these ranks. See `distinct_ranks` for which say everything.
 
-    memory has a row for each of `ranks`; its maximum and minimum, and hardware FLOPs, which are sums over all ranks,
-    are null where `ranks` leave a kind of rank out. traffic: of each kind of message, the rank that sends most.
+    `say` gets a line as each of several ranks is done. memory has a row for each of `ranks`; its maximum and minimum,
+    and hardware FLOPs, which are sums over all ranks, are null where `ranks` leave a kind of rank out. traffic: of each
+    kind of message, the rank that sends most.
     Raises RecipeError for a rank that the recipe does not have.
     """
     for rank in ranks:
         if not 0 <= rank < recipe.world_size:
             raise RecipeError("--rank", rank, f"the recipe has ranks 0 to {recipe.world_size - 1}")
-    measured = _measure_each(recipe, ranks)
+    measured = _measure_each(recipe, ranks, say)
     kinds = distinct_ranks(recipe)
     complete = kinds.keys() <= measured.keys()
     per_rank = [{"rank": rank, **measures.memory} for rank, measures in measured.items()]
@@ -74,10 +75,11 @@ def dry_run(recipe: Recipe, *, ranks: Sequence[int]) -> dict[str, Any]:
     record = new_record(recipe, kind="dry-run")
     record["environment"] |= {"device": "fake cpu", "backend": "fake"}
     traffic = largest_traffic([measures.traffic for measures in measured.values()])
-    return record | {"status": "ok", "memory": memory, "flops": flops, "traffic": traffic}
+    pipeline = pipeline_section((measures.actions for measures in measured.values()), n_stages=recipe.n_stages)
+    return record | {"status": "ok", "memory": memory, "flops": flops, "traffic": traffic, "pipeline": pipeline}
 
 
-def _measure_each(recipe: Recipe, ranks: Sequence[int]) -> dict[int, Measures]:
+def _measure_each(recipe: Recipe, ranks: Sequence[int], say: Callable[[str], None]) -> dict[int, Measures]:
     """In a fresh process each where there are several, as many at once as there are cores."""
     if len(ranks) == 1:
         return {ranks[0]: dry_run_rank(recipe, rank=ranks[0])}
@@ -87,7 +89,11 @@ def _measure_each(recipe: Recipe, ranks: Sequence[int]) -> dict[int, Measures]:
         max_tasks_per_child=1,
     ) as pool:
         futures = {rank: pool.submit(dry_run_rank, recipe, rank=rank) for rank in ranks}
-        return {rank: future.result() for rank, future in futures.items()}
+        measured = {}
+        for rank, future in futures.items():
+            measured[rank] = future.result()
+            say(f"rank {rank}  ({len(measured)}/{len(ranks)})")
+        return measured
 
 
 # ---- one rank ------------------------------------------------------------------------------------------------------
@@ -95,8 +101,10 @@ def _measure_each(recipe: Recipe, ranks: Sequence[int]) -> dict[int, Measures]:
 
 def dry_run_rank(recipe: Recipe, *, rank: int) -> Measures:
     """What `rank` of the recipe does in its second step: the first creates the optimizer's state."""
-    # Fake tensors cannot be compiled: the eager model stands for the compiled one.
-    recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, compile="none"))
+    # Fake tensors cannot be compiled: the eager model stands for the compiled one. A CPU has no cuDNN: flash keeps what
+    # it keeps.
+    attention = "flash" if recipe.train.attention == "cudnn" else recipe.train.attention
+    recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, compile="none", attention=attention))
     # Real tensors (positions of the tokens, in context parallelism) are taken for fakes where an operator meets them.
     fake = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -192,6 +200,36 @@ def _messages_hold() -> Iterator[None]:
         mock.patch.object(schedules, "_batch_p2p", holding(schedules._batch_p2p)),
     ):
         yield
+
+
+# ---- does it fit ---------------------------------------------------------------------------------------------------
+
+REMEDIES = {
+    "parameters": "more of dp_shard, tp or pp",
+    "gradients": "more of dp_shard, tp or pp",
+    "optimizer": "more of dp_shard, tp or pp",
+    "activations": "a smaller train.micro_batch, recompute.mode, or more of tp or cp",
+    "other": "sharding.reshard_after_forward, a smaller sharding.prefetch, or more of tp or pp",
+}
+
+
+def refuse_too_large(recipe: Recipe, *, memory_bytes: int, given: str, say: Callable[[str], None]) -> dict[str, int]:
+    """The memory of the rank that needs most: {rank, peak_bytes, parameters_bytes, ...}, from a dry run of each kind.
+
+    given: what the user wrote for memory_bytes. Raises RecipeError where it is not enough.
+    """
+    per_rank = dry_run(recipe, ranks=list(distinct_ranks(recipe)), say=say)["memory"]["per_rank"]
+    fullest: dict[str, int] = max(per_rank, key=lambda row: row["peak_bytes"])
+    if fullest["peak_bytes"] > memory_bytes:
+        parts = sorted(REMEDIES, key=lambda part: -fullest[f"{part}_bytes"])
+        split = ", ".join(f"{part} {fullest[f'{part}_bytes'] / 2**30:.3g}" for part in parts)
+        raise RecipeError(
+            "--memory",
+            given,
+            f"rank {fullest['rank']} of {recipe.name} needs {fullest['peak_bytes'] / 2**30:.4g} GiB ({split}), and an"
+            f" allocator takes some more; for {parts[0]} take {REMEDIES[parts[0]]}",
+        )
+    return fullest
 
 
 # ---- which ranks ---------------------------------------------------------------------------------------------------

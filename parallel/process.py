@@ -15,8 +15,18 @@ from parallel.recipe import Recipe, RecipeError
 def choose_device(recipe: Recipe) -> torch.device:
     """CUDA where every rank of this host has a GPU of its own, else the CPU; or what the recipe asks for.
 
-    Raises RecipeError where the recipe asks for CUDA and it cannot be had.
+    Raises RecipeError where the recipe asks for CUDA and it cannot be had, or for a kernel that the device lacks.
     """
+    device = _device(recipe)
+    attention, dtype = recipe.train.attention, recipe.train.dtype
+    if device.type == "cpu" and attention == "cudnn":
+        raise RecipeError("train.attention", attention, "needs CUDA, and this run is on a CPU; use auto, flash or math")
+    if device.type == "cuda" and attention in ("flash", "cudnn") and dtype != "bfloat16":
+        raise RecipeError("train.attention", attention, f"has no {dtype} kernel on CUDA; use bfloat16, or auto or math")
+    return device
+
+
+def _device(recipe: Recipe) -> torch.device:
     local_rank, local_ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     gpus = torch.cuda.device_count()
     if recipe.train.device == "cuda" and gpus < local_ranks:

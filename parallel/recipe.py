@@ -145,6 +145,11 @@ class Train:
     weight_decay: float = option(0.1, "of AdamW", minimum=0.0, maximum=1e3)
     grad_clip: float = option(1.0, "largest global gradient norm; 0: no clipping", minimum=0.0)
     adamw: str = option("fused", "implementation of AdamW", choices=("fused", "foreach", "for-loop"))
+    attention: str = option(
+        "auto",
+        "kernel: auto: torch's choice; flash; cudnn: NVIDIA's, on CUDA alone; math: plain matrix products",
+        choices=("auto", "flash", "cudnn", "math"),
+    )
     device: str = option("auto", "auto: CUDA where each rank has a GPU, else CPU", choices=("auto", "cpu", "cuda"))
     compile: str = option("none", "torch.compile of each block", choices=("none", "inductor", "aot_eager"))
     parity: bool = option(True, "prove the layout on float64 gradients before training")
@@ -488,6 +493,12 @@ def _check_tensor_and_context(recipe: Recipe) -> None:
             "model.vocab_size", model.vocab_size, f"leaves a rank of tp = {tp} without rows; use at least {tp * tp}"
         )
     _must_divide("parallel.cp", cp, "train.seq_len", seq_len)
+    if cp > 1 and recipe.context.method != "ulysses" and recipe.train.attention != "auto":
+        raise RecipeError(
+            "train.attention",
+            recipe.train.attention,
+            f"context.method = {recipe.context.method} brings its own kernels; set it to auto, or take ulysses",
+        )
     if cp > 1 and recipe.context.method == "ulysses":
         heads, kv_heads = model.n_heads // tp, model.n_kv_heads // tp
         _must_divide("parallel.cp", cp, "model.n_heads / tp (context.method = ulysses gives each rank heads)", heads)

@@ -1,15 +1,18 @@
 """One optimizer step, the same in a run and in a dry run, and what can be counted of it."""
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from parallel.assemble import Assembled
 from parallel.measure.flops import FlopCounter
 from parallel.measure.memory import MemoryTracker, allocator_peaks, reset_allocator_peaks
+from parallel.measure.timeline import Action, ideal_bubble
 from parallel.measure.traffic import TrafficLog
 
 
@@ -19,6 +22,7 @@ class Measures(NamedTuple):
     flops: int
     memory: dict[str, Any]  # peak_bytes, and parameters_bytes, ... at that peak; the CUDA allocator's own peaks
     traffic: list[dict[str, Any]]  # {mesh_dim, collective, calls, bytes_per_rank}
+    actions: list[Action]  # of the pipeline, in order
 
 
 def make_optimizer(model: Assembled) -> torch.optim.AdamW:
@@ -42,7 +46,8 @@ def train_step(
     norm = model.gradient_norm()
     if model.recipe.train.grad_clip:
         model.clip_gradients(norm=norm, largest=model.recipe.train.grad_clip)
-    optimizer.step()
+    with record_function("optimizer"):
+        optimizer.step()
     return loss, norm
 
 
@@ -53,19 +58,50 @@ def measured_step(
     makes the optimizer's state. Compiled code makes tensors where no tracker sees them: there FLOPs alone are counted,
     and memory and traffic are empty.
     """
-    if model.recipe.train.compile != "none":
-        with FlopCounter() as flops:
+    actions: list[Action] = []
+
+    def note(action: Action) -> contextlib.AbstractContextManager[None]:
+        if actions[-1:] != [action]:  # a loss goes on with the last stage's forward
+            actions.append(action)
+        return contextlib.nullcontext()
+
+    with observed(model, note), FlopCounter() as flops:
+        if model.recipe.train.compile != "none":
             loss, norm = train_step(model, optimizer, tokens, targets)
-        return loss, norm, Measures(flops.flops, {}, [])
-    parameters = [parameter for _, parameter in model.named_parameters()]
-    reset_allocator_peaks(tokens.device)
-    with (
-        FlopCounter() as flops,
-        TrafficLog(model.mesh) as traffic,
-        MemoryTracker(parameters, optimizer, device=tokens.device) as memory,
-    ):
-        loss, norm = train_step(model, optimizer, tokens, targets)
-    return loss, norm, Measures(flops.flops, memory.peak() | allocator_peaks(tokens.device), traffic.rows())
+            return loss, norm, Measures(flops.flops, {}, [], actions)
+        parameters = [parameter for _, parameter in model.named_parameters()]
+        reset_allocator_peaks(tokens.device)
+        with (
+            TrafficLog(model.mesh) as traffic,
+            MemoryTracker(parameters, optimizer, device=tokens.device) as memory,
+        ):
+            loss, norm = train_step(model, optimizer, tokens, targets)
+    peaks = memory.peak() | allocator_peaks(tokens.device)
+    return loss, norm, Measures(flops.flops, peaks, traffic.rows(), actions)
+
+
+@contextlib.contextmanager
+def observed(model: Assembled, observer: Callable[[Action], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    """Within, `observer` learns of each action of the pipeline; there is nothing to learn where there is none."""
+    if model.pipeline is None:
+        yield
+        return
+    before, model.pipeline.observer = model.pipeline.observer, observer
+    try:
+        yield
+    finally:
+        model.pipeline.observer = before
+
+
+def pipeline_section(of_ranks: Iterable[Sequence[Action]], *, n_stages: int) -> dict[str, Any]:
+    """The `pipeline` of a record, of which nothing is measured yet, from the actions of ranks of every kind."""
+    orders = {frozenset(action.stage for action in actions): actions for actions in of_ranks if actions}
+    complete = sum(map(len, orders)) == n_stages > 1
+    return {
+        "bubble_fraction": None,
+        "bubble_fraction_ideal": ideal_bubble(list(orders.values())) if complete else None,
+        "timeline": None,
+    }
 
 
 def largest_traffic(of_ranks: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -1,5 +1,7 @@
 """One rank's run: prove the layout, train, record."""
 
+import collections
+import contextlib
 import functools
 import json
 import os
@@ -13,35 +15,48 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.assemble import DTYPES, assemble
+from parallel.collectives import gathered
 from parallel.corpus import Corpus, open_corpus
-from parallel.measure.clock import WARM_UP_STEPS, Clock, spread, steady
+from parallel.measure.clock import WARM_UP_STEPS, Clock, spread
 from parallel.measure.flops import flops_section
 from parallel.measure.hardware import Peak, matmul_ceiling, peak_of_rank
 from parallel.measure.memory import memory_section
 from parallel.measure.parity import TOLERANCE, compare_with_reference, parity_recipe, reference_gradients
 from parallel.measure.record import new_record, write_record
+from parallel.measure.timeline import Timeline, mean_parts, parts_of_trace, traced_step
 from parallel.mesh import build_mesh
 from parallel.process import choose_device, process_group
 from parallel.recipe import Recipe, RecipeError
-from parallel.step import Measures, largest_traffic, make_optimizer, measured_step, train_step
+from parallel.step import (
+    Measures,
+    largest_traffic,
+    make_optimizer,
+    measured_step,
+    observed,
+    pipeline_section,
+    train_step,
+)
 
 MEASURED_STEP = 1  # the second: the optimizer has its state by then, and no time is taken of a warm-up step
 
 
-def train(recipe: Recipe, *, out: Path, peak_flops: float | None = None) -> dict[str, Any] | None:
+def train(
+    recipe: Recipe, *, out: Path, peak_flops: float | None = None, profile: bool = False
+) -> dict[str, Any] | None:
     """Runs `recipe` as one rank of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them.
 
     Rank 0 prints a line per step, appends it to out/steps.jsonl, and writes out/record.json, which it also returns.
     peak_flops: of one rank's device, FLOP/s, where its datasheet peak is not known or not what is wanted.
+    profile: each rank writes a trace of step 4, or of the last one before, to out/trace-rank-<r>.json.gz.
     Raises RecipeError for what only the host can tell: no such device, no such data.
     """
     device = choose_device(recipe)
     with process_group(device, timeout_seconds=recipe.train.time_limit_seconds):
-        return _train(recipe, out=out, device=device, given_peak_flops=peak_flops)
+        return _train(recipe, out=out, device=device, given_peak_flops=peak_flops, profile=profile)
 
 
 def _train(
-    recipe: Recipe, *, out: Path, device: torch.device, given_peak_flops: float | None = None
+    recipe: Recipe, *, out: Path, device: torch.device, given_peak_flops: float | None = None, profile: bool = False
 ) -> dict[str, Any] | None:
     corpus = _open(recipe)
     _refuse_different_data(recipe, corpus)
@@ -64,20 +79,47 @@ def _train(
     measures: Measures | None = None
     steps: list[dict[str, Any]] = []
     cpu_seconds: list[float] = []
+    traced = min(WARM_UP_STEPS, recipe.train.steps - 1) if profile else None
+    left_out = dict.fromkeys(range(min(WARM_UP_STEPS, recipe.train.steps)), "warm-up")
+    if traced is not None:
+        left_out[traced] = "profile"
+    trace = out / f"trace-rank-{dist.get_rank()}.json.gz"
     clock = Clock(device)
-    for step in range(recipe.train.steps):
-        batch = token_batch(corpus, recipe, step, rows, device)
-        if step == MEASURED_STEP:
-            loss, norm, measures = measured_step(model, optimizer, *batch)
-        else:
-            loss, norm = train_step(model, optimizer, *batch)
-        seconds, cpu = clock.lap()
-        cpu_seconds.append(cpu)
-        steps.append({"step": step + 1, "loss": loss.item(), "grad_norm": norm.item(), "seconds": seconds})
-        _report_step(recipe, steps[-1], out)
+    with Timeline(recipe, device) as timeline, observed(model, timeline.around):
+        for step in range(recipe.train.steps):
+            batch = token_batch(corpus, recipe, step, rows, device)
+            n_graphs = _n_compiled_graphs(recipe)
+            timeline.begin()
+            name = f"step {step + 1}"
+            with traced_step(trace, device, name=name) if step == traced else contextlib.nullcontext():
+                if step == MEASURED_STEP:
+                    loss, norm, measures = measured_step(model, optimizer, *batch)
+                else:
+                    loss, norm = train_step(model, optimizer, *batch)
+            if step == traced:
+                dist.barrier()  # the next step shall not wait for whoever still writes
+            seconds, cpu = clock.lap()
+            timeline.end(step=step, seconds=seconds)
+            if _n_compiled_graphs(recipe) > n_graphs:
+                left_out.setdefault(step, "compile")
+            cpu_seconds.append(cpu)
+            steps.append({"step": step + 1, "loss": loss.item(), "grad_norm": norm.item(), "seconds": seconds})
+            _report_step(recipe, steps[-1], out)
 
+    for of_rank in gathered(left_out):  # whichever rank compiled, all waited
+        left_out = of_rank | left_out
+    timed = [step for step in range(recipe.train.steps) if step not in left_out]
+    times = timeline.sections(mesh, steps=timed)
+    if traced is not None and device.type == "cuda":
+        times["step_parts"] = mean_parts(gathered(parts_of_trace(trace)))
     record["steps"] = steps
-    record["throughput"] = _throughput(recipe, steps, cpu_seconds)
+    record["throughput"] = _throughput(recipe, steps, cpu_seconds, timed) | {
+        "step_parts": times.pop("step_parts"),
+        "steps_timed": len(timed),
+        "steps_left_out": dict(collections.Counter(left_out.values())),
+    }
+    if traced is not None:
+        _say(f"traces of step {traced + 1}: {out}/trace-rank-*.json.gz, for ui.perfetto.dev")
     if device.type == "cpu":  # whatever else runs on the machine can only slow a product down
         ceiling = max(ceiling, _ceiling(recipe, device))
     peak = peak_of_rank(
@@ -88,6 +130,7 @@ def _train(
         given_flops=given_peak_flops,
     )
     record |= _counted(recipe, measures, record["throughput"]["step_seconds"]["median"], peak, ceiling)
+    record["pipeline"] |= times
     record["status"] = "ok"
     if dist.get_rank() != 0:
         return None
@@ -123,8 +166,7 @@ def _open(recipe: Recipe) -> Corpus:
 
 def _refuse_different_data(recipe: Recipe, corpus: Corpus) -> None:
     """Hosts may hold different files, or different Pythons, under one name."""
-    seen: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(seen, corpus.description)
+    seen = gathered(corpus.description)
     for rank, description in enumerate(seen):
         if description != seen[0]:
             raise RecipeError(
@@ -147,27 +189,34 @@ def token_batch(corpus: Corpus, recipe: Recipe, step: int, rows: range, device: 
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def _throughput(recipe: Recipe, steps: list[dict[str, Any]], cpu_seconds: list[float]) -> dict[str, Any]:
-    all_cpu_seconds: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(all_cpu_seconds, sum(steady(cpu_seconds)))
-    seconds = spread(steady([step["seconds"] for step in steps]))
-    n_steady = max(0, len(steps) - WARM_UP_STEPS)
+def _throughput(
+    recipe: Recipe, steps: list[dict[str, Any]], cpu_seconds: list[float], timed: list[int]
+) -> dict[str, Any]:
+    cpu_seconds_timed = sum(gathered(sum(cpu_seconds[step] for step in timed)))
+    seconds = spread([steps[step]["seconds"] for step in timed])
     tokens = recipe.train.global_batch * recipe.train.seq_len
     per_second = tokens / seconds["median"] if seconds["median"] else None
     return {
         "tokens_per_s": per_second,
         "tokens_per_s_per_rank": per_second / recipe.world_size if per_second else None,
         "step_seconds": seconds,
-        "cpu_seconds_per_step": sum(all_cpu_seconds) / n_steady if n_steady else None,
+        "cpu_seconds_per_step": cpu_seconds_timed / len(timed) if timed else None,
     }
+
+
+def _n_compiled_graphs(recipe: Recipe) -> int:
+    if recipe.train.compile == "none":
+        return 0
+    from torch._dynamo.utils import counters  # takes a second to import
+
+    return counters["stats"]["unique_graphs"]
 
 
 def _counted(
     recipe: Recipe, measures: Measures | None, step_seconds: float | None, peak: Peak, ceiling: float
 ) -> dict[str, Any]:
-    """The sections flops, memory and traffic, from what each rank counted in the measured step."""
-    counted: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(counted, measures)
+    """The sections flops, memory, traffic and pipeline, from what each rank counted in the measured step."""
+    counted = gathered(measures)
     section = functools.partial(
         flops_section,
         recipe,
@@ -180,6 +229,8 @@ def _counted(
     except ValueError as error:  # more ran than the peak allows: then no share of it is worth a number
         _say(f"flops: {error}")
         sections = {"flops": section(peak=Peak(None, str(error)))}
+    if measures:
+        sections["pipeline"] = pipeline_section((theirs.actions for theirs in counted), n_stages=recipe.n_stages)
     if measures and measures.memory:
         per_rank = [{"rank": rank, **theirs.memory} for rank, theirs in enumerate(counted)]
         sections["memory"] = memory_section(per_rank, step=MEASURED_STEP + 1)

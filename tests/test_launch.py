@@ -24,10 +24,10 @@ from launch.compare import load_comparison
 from launch.folder import recipe_toml
 from launch.supervisor import place
 from launch.table import WIDTH, row, table
-from launch.terminal import printable
+from launch.terminal import n_bytes, printable
 from launch.train import is_out_of_memory
 from parallel.measure.record import new_record, read_record, write_record
-from parallel.recipe import load_recipe, recipe_from_tables
+from parallel.recipe import RecipeError, load_recipe, recipe_from_tables
 from parallel.transformer import Transformer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -51,7 +51,7 @@ def book(pid):
     with open(os.environ["PIDS"], "a") as file:
         file.write(f"{pid}\\n")
 
-def train(recipe, *, out, peak_flops=None):
+def train(recipe, *, out, peak_flops, profile):
     book(os.getpid())
     print(f"rank {RANK} of {os.environ['WORLD_SIZE']}, threads {os.environ['OMP_NUM_THREADS']}", flush=True)
     if RANK == 0:
@@ -131,7 +131,7 @@ class Lab:
 
     def __call__(self, *arguments: str) -> tuple[int, str, str]:
         process = self.start(*arguments)
-        out, err = process.communicate(timeout=90)
+        out, err = process.communicate(timeout=240)
         assert not re.search("^Traceback", err, re.MULTILINE), err  # that of a rank is quoted from its log, indented
         assert "\x1b" not in out + err
         return process.returncode, out, err
@@ -144,7 +144,7 @@ class Lab:
         return read_record(self.folder.joinpath("runs", *folders, "record.json"))
 
     def wait_for(self, done: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not done():
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -286,7 +286,7 @@ def test_a_signal_ends_the_run_and_all_its_processes(
     assert len(lab.running()) == n_processes
     process.send_signal(number)
     process.send_signal(number)  # an impatient second one changes nothing
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)
     assert (process.returncode, err) == (1, f"lab: interrupted by {number.name}; nothing is left running\n")
     assert lab.running() == []
     record = lab.record(name)
@@ -435,10 +435,35 @@ def test_an_interrupted_comparison_starts_no_further_variant(lab: Lab) -> None:
     process = lab.start("compare", comparison_file(lab, "good", "hangs-rank-0", "late"))
     lab.wait_for(lambda: lab.pids.exists() and len(lab.pids.read_text().split()) == 6)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=180)
     assert (process.returncode, err.count("\n")) == (1, 1) and "interrupted by SIGINT" in err
     assert [path.name for path in sorted(lab.folder.glob("runs/trio/*/"))] == ["good", "hangs-rank-0"]
-    assert "[3/3]" not in out
+    assert "[3/3]" not in out and "--resume goes on with what is left" in err
+
+
+def test_resume_keeps_what_is_done_and_runs_the_rest(lab: Lab) -> None:
+    file = comparison_file(lab, "first", "killed-rank-1", "second")
+    code, *_ = lab("compare", file)
+    assert code == 1
+    before = {name: lab.record("trio", name)["environment"]["time_utc"] for name in ("first", "second")}
+    lab.folder.joinpath("runs", "trio", "second", "record.json").unlink()  # as if it had been interrupted there
+    comparison_file(lab, "first", "second", "third")
+    code, out, _ = lab("compare", file, "--resume")
+    assert code == 0
+    heads = [line for line in out.splitlines() if line.startswith("[")]
+    assert heads[0] == "[1/3] first  (done before)" and "(0:00 elapsed)" in heads[1] and "left)" in heads[2]
+    assert lab.record("trio", "first")["environment"]["time_utc"] == before["first"]
+    assert {lab.record("trio", name)["status"] for name in ("first", "second", "third")} == {"ok"}
+    assert not lab.folder.joinpath("runs", "trio", "killed-rank-1").exists()
+    # Another recipe, or other code, is another run.
+    _, out, _ = lab("compare", file, "--resume", "--set", "train.steps=7")
+    assert "done before" not in out
+    for name in ("first", "second", "third"):
+        record = lab.record("trio", name)
+        record["environment"]["torch"] = "1.0"
+        write_record(lab.folder / "runs" / "trio" / name / "record.json", record)
+    _, out, _ = lab("compare", file, "--resume", "--set", "train.steps=7")
+    assert "done before" not in out
 
 
 def test_a_folder_that_is_no_comparison_is_refused_and_untouched(lab: Lab) -> None:
@@ -532,9 +557,15 @@ def test_settings_may_be_written_either_way_and_the_command_line_has_the_last_wo
         (["run", "base.toml", "--sett", "a=b"], "unknown argument '--sett' of lab run; did you mean --set?"),
         (
             ["run", "base.toml", "--resume"],
-            "unknown argument '--resume' of lab run; known: --json, --nproc, --out, --peak-flops, --set",
+            "unknown argument '--resume' of lab run; known: --json, --nproc, --out, --peak-flops, --profile, --set",
         ),
-        (["check", "base.toml", "--out", "x"], "unknown argument '--out' of lab check; known: --json, --set"),
+        (["check", "base.toml", "--out", "x"], "unknown argument '--out' of lab check; known: --json, --memory, --set"),
+        (["check", "base.toml", "--memory", "80"], "--memory = '80': give a number and KiB, MiB, GiB, TiB"),
+        (["compare", "trio.toml", "--peak-flops", "-1"], "--peak-flops = -1.0: give the dense FLOP/s"),
+        (
+            ["check", "base.toml", "--set", "train.attention=flash", "--set", "parallel.cp=2"],
+            "train.attention = 'flash': context.method = ring brings its own kernels",
+        ),
         (["run", "base.toml", "second\nline\x1b[31m"], "unknown argument 'second\\nline\\x1b[31m'"),
         (["--json", "check", "base.toml"], "unknown argument '--json' of lab check; put it after the command"),
         (["run", "base.toml", "--nproc", "4"], "--nproc = 4: the product of [parallel] is 3"),
@@ -588,6 +619,33 @@ def test_check_answers_in_a_line_per_recipe_and_fails_if_any_is_wrong(
     assert [summary["error"] is None for summary in json.loads(out)] == [False, True]
 
 
+def test_check_refuses_what_does_not_fit_and_says_who_needs_how_much_for_what(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("base.toml").write_text(RECIPE.replace("dp_shard = 3", "pp = 2") + "[pipeline]\nschedule = 'gpipe'\n")
+    assert main(["check", "base.toml", "--memory", "1GiB", "--json"]) == 0
+    out, err = capsys.readouterr()
+    fullest = json.loads(out)[0]["fullest_rank"]
+    assert fullest["peak_bytes"] > fullest["parameters_bytes"] > 0 and "dry run of rank 1  (2/2)" in err
+    least = -(-fullest["peak_bytes"] // 1024)
+    assert main(["check", "base.toml", "--memory", f"{least}KiB"]) == 0
+    assert f"GiB (rank {fullest['rank']})" in capsys.readouterr().out
+    assert main(["check", "base.toml", "--memory", f"{least - 1}KiB"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"--memory = '{least - 1}KiB': rank {fullest['rank']} of base needs" in line and "optimizer" in line
+
+
+def test_sizes_are_read_with_their_units() -> None:
+    assert [n_bytes("--memory", text) for text in ("80GiB", "80 GB", "1.5KiB", "2TB")] == [
+        *(80 * 2**30, 80 * 10**9),
+        *(1536, 2 * 10**12),
+    ]
+    for wrong in ("80", "GiB", "-1GiB", "1e3GiB", "80gib"):
+        with pytest.raises(RecipeError, match="as in 80GiB"):
+            n_bytes("--memory", wrong)
+
+
 def test_check_and_report_do_not_import_torch(lab: Lab) -> None:
     write_record(make(lab.folder / "runs" / "old") / "record.json", new_record({"name": "old"}) | {"status": "ok"})
     for arguments in (["check", "base.toml"], ["report", "runs"]):
@@ -602,7 +660,7 @@ def test_a_reader_that_goes_away_is_no_error_worth_a_traceback(lab: Lab) -> None
     os.close(read_end)
     process = lab.start("report", "runs", stdout=write_end)
     os.close(write_end)
-    assert process.communicate(timeout=60)[1] == ""
+    assert process.communicate(timeout=180)[1] == ""
 
 
 def test_help_and_version_are_given(capsys: pytest.CaptureFixture[str]) -> None:
@@ -753,7 +811,7 @@ def test_a_rank_that_is_killed_amid_training_ends_the_run_with_the_steps_that_we
         time.sleep(0.05)
     ranks = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     os.kill(ranks[1], signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)
     record = read_record(folder / "record.json")
     assert process.returncode == 1 and record["status"] == "failed" and len(record["steps"]) >= 1
     assert record["reason"].startswith("rank 1 was killed by SIGKILL")

@@ -619,7 +619,10 @@ def variants(path: Path) -> dict[str, Recipe]:
     return recipes
 
 
-@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+LADDER = ROOT / "recipes" / "compare" / "one-gpu.toml"
+
+
+@pytest.mark.parametrize("path", [path for path in COMPARISONS if path != LADDER], ids=lambda path: path.stem)
 def test_shipped_comparison_compares_like_with_like(path: Path) -> None:
     recipes = variants(path)
     reference = recipes["single"]
@@ -628,6 +631,21 @@ def test_shipped_comparison_compares_like_with_like(path: Path) -> None:
         assert (recipe.model, recipe.data) == (reference.model, reference.data)
         assert dataclasses.replace(recipe.train, micro_batch=0) == reference.train
         assert recipe is reference or recipe.world_size == 4
+
+
+def test_the_ladder_of_one_accelerator_is_one_model_on_the_same_tokens() -> None:
+    recipes = variants(LADDER)
+    eager = recipes["eager"]
+    assert eager == dataclasses.replace(load_recipe(ROOT / "recipes" / "one-gpu.toml"), name="eager")
+    for recipe in recipes.values():
+        free = {key: getattr(eager.train, key) for key in ("attention", "compile", "dtype", "steps")}
+        assert dataclasses.replace(recipe.train, **free) == eager.train
+        assert recipe.world_size == 1 and recipe.train.steps > 3
+        assert dataclasses.replace(
+            recipe, name="", train=eager.train, recompute=eager.recompute
+        ) == dataclasses.replace(eager, name="")
+    assert {recipe.train.attention for recipe in recipes.values()} == {"auto", "flash", "cudnn", "math"}
+    assert {recipe.recompute.mode for recipe in recipes.values()} == {"none", "selective", "every(2)", "sqrt", "full"}
 
 
 def test_the_main_comparison_is_made_of_the_shipped_strategies() -> None:

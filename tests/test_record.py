@@ -26,7 +26,15 @@ CONTRACT: dict[str, Any] = {
     "reason": None,
     "kind": "measured",
     "parity": {"reference", "dtype", "max_rel_grad_diff", "max_abs_loss_diff", "passed"},
-    "throughput": {"tokens_per_s", "tokens_per_s_per_rank", "step_seconds", "cpu_seconds_per_step"},
+    "throughput": {
+        "tokens_per_s",
+        "tokens_per_s_per_rank",
+        "step_seconds",
+        "cpu_seconds_per_step",
+        "step_parts",
+        "steps_timed",
+        "steps_left_out",
+    },
     "flops": {
         "definition",
         "model_flops_per_token",
@@ -41,7 +49,7 @@ CONTRACT: dict[str, Any] = {
     },
     "memory": {"per_rank", "max_peak_bytes", "min_peak_bytes"},
     "traffic": None,
-    "pipeline": {"bubble_fraction", "bubble_fraction_ideal"},
+    "pipeline": {"bubble_fraction", "bubble_fraction_ideal", "timeline"},
 }
 RECIPE = recipe_from_tables(
     {"name": "mix", "parallel": {"pp": 2, "dp_shard": 2, "tp": 2}, "train": {"global_batch": 8, "micro_batch": 1}}

@@ -1,7 +1,9 @@
 """The loop: norms, clipping, optimizers, types and records, on real gloo ranks."""
 
+import gc
 import json
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from ranks import Ranks
 from parallel.assemble import assemble
 from parallel.measure.parity import compare_with_reference, parity_recipe, reference_gradients
 from parallel.mesh import build_mesh
-from parallel.recipe import Recipe, recipe_from_tables
+from parallel.process import choose_device
+from parallel.recipe import Recipe, RecipeError, recipe_from_tables
 from parallel.training import _train, rows_of_replica
 from parallel.transformer import Transformer, initial_weight
 
@@ -157,3 +160,42 @@ def test_too_few_steps_for_a_time_give_null(ranks: Ranks, tmp_path: Path) -> Non
     assert record["throughput"]["step_seconds"] == {"median": None, "p10": None, "p90": None}
     assert record["throughput"]["tokens_per_s"] is None and record["throughput"]["cpu_seconds_per_step"] is None
     assert record["parity"]["passed"] is None
+
+
+@pytest.mark.parametrize("sections", [{}, dict(parallel=dict(tp=2)), dict(recompute=dict(mode="selective"))])
+def test_attention_kernels_agree_and_only_plain_products_compute_what_the_mask_hides(
+    ranks: Ranks, tmp_path: Path, sections: dict[str, Any]
+) -> None:
+    runs = {}
+    for attention in ("auto", "flash", "math"):
+        recipe = small_recipe(**sections | {"train": dict(steps=2, attention=attention)})
+        runs[attention] = ranks(recipe.world_size, run, recipe, str(tmp_path))[0]
+        assert runs[attention]["parity"]["passed"]
+    losses = [[step["loss"] for step in record["steps"]] for record in runs.values()]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-9) and losses[2] == pytest.approx(losses[0], rel=1e-9)
+    auto, flash, math = (record["flops"]["hardware_flops_per_token"] for record in runs.values())
+    assert auto == flash < math
+
+
+def test_a_kernel_that_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecipeError, match=r"train.attention = 'cudnn': needs CUDA"):
+        choose_device(small_recipe(train=dict(attention="cudnn", device="cpu")))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(RecipeError, match=r"train.attention = 'flash': has no float32 kernel on CUDA"):
+        choose_device(small_recipe("float32", train=dict(attention="flash")))
+    assert choose_device(small_recipe("bfloat16", train=dict(attention="flash"))).type == "cuda"
+
+
+def buckets_left(recipe: Recipe) -> bool:
+    model = assemble(recipe, mesh=build_mesh(recipe, "cpu"), device=CPU)
+    model.forward_backward(*batch_of(recipe, range(4)))
+    buckets = weakref.ref(model.buckets)
+    del model
+    while gc.collect():
+        pass
+    return buckets() is not None
+
+
+def test_a_model_that_is_dropped_is_freed(ranks: Ranks) -> None:
+    """With its gradient buckets, and so the process groups and their threads."""
+    assert ranks(2, buckets_left, small_recipe(parallel=dict(dp_replicate=2))) == [False, False]

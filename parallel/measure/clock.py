@@ -27,11 +27,6 @@ class Clock:
         return now[0] - before[0], now[1] - before[1]
 
 
-def steady(seconds: Sequence[float]) -> Sequence[float]:
-    """The steps after warm-up; empty where there are none."""
-    return seconds[WARM_UP_STEPS:]
-
-
 def spread(seconds: Sequence[float]) -> dict[str, float | None]:
     """Median, 10th and 90th percentile; null where nothing was measured, or a single step gives no spread."""
     median = statistics.median(seconds) if seconds else None

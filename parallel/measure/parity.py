@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from parallel.collectives import gathered
 from parallel.mesh import local_part, slice_like, split_dim
 from parallel.recipe import Recipe
 from parallel.transformer import Transformer, cross_entropy, initial_weight
@@ -32,10 +33,10 @@ class Reference:
 def parity_recipe(recipe: Recipe) -> tuple[Recipe, str]:
     """The recipe to prove `recipe` with, and what its reference is, in words.
 
-    In float64, else as it is. A model too large for one process keeps its layout, its heads and its microbatches, and
-    shrinks in width, depth, sequence and vocabulary.
+    In float64, with the attention kernel that has it, else as it is. A model too large for one process keeps its
+    layout, its heads and its microbatches, and shrinks in width, depth, sequence and vocabulary.
     """
-    train = dataclasses.replace(recipe.train, dtype="float64")
+    train = dataclasses.replace(recipe.train, dtype="float64", attention="auto")  # CUDA has no such kernels
     proof = dataclasses.replace(recipe, train=train)
     model, parallel = recipe.model, recipe.parallel
     per_layer = model.d_model * (4 * model.d_model + 3 * model.d_ff)  # as if all heads had keys and values
@@ -112,16 +113,15 @@ def compare_with_reference(
             if parameter.grad is not None:
                 difference = local_part(parameter.grad) - slice_like(whole, parameter)
                 parts[name].append((_which_part(parameter), difference.numel(), difference.square().sum().item()))
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (loss, parts))
+    of_ranks = gathered((loss, parts))
     if rank != 0 or reference is None:
         return None
     return {
         "max_rel_grad_diff": max(
-            _relative_difference(gradient, [part for _, theirs in gathered for part in theirs.get(name, [])])
+            _relative_difference(gradient, [part for _, theirs in of_ranks for part in theirs.get(name, [])])
             for name, gradient in reference.gradients.items()
         ),
-        "max_abs_loss_diff": max(abs(theirs - reference.loss) for theirs, _ in gathered),
+        "max_abs_loss_diff": max(abs(theirs - reference.loss) for theirs, _ in of_ranks),
     }
 
 

@@ -66,11 +66,14 @@ def _blank() -> dict[str, Any]:
             "tokens_per_s_per_rank": None,
             "step_seconds": dict.fromkeys(SPREAD),
             "cpu_seconds_per_step": None,
+            "step_parts": None,  # {compute_seconds, communication_seconds, idle_seconds}
+            "steps_timed": None,
+            "steps_left_out": None,  # reason -> how many
         },
         "flops": dict.fromkeys(FLOPS),
         "memory": dict.fromkeys(("per_rank", "max_peak_bytes", "min_peak_bytes")),
         "traffic": None,
-        "pipeline": dict.fromkeys(("bubble_fraction", "bubble_fraction_ideal")),
+        "pipeline": dict.fromkeys(("bubble_fraction", "bubble_fraction_ideal", "timeline")),
     }
 
 

@@ -15,7 +15,8 @@ backward of all microbatches in the order of one of torch.distributed.pipelining
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,7 +34,9 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 from torch.distributed.tensor import DTensor
+from torch.profiler import record_function
 
+from parallel.measure.timeline import Action
 from parallel.recipe import SINGLE_STAGE_SCHEDULES, V_SCHEDULES, Recipe
 from parallel.transformer import Transformer
 
@@ -96,6 +99,24 @@ def _stages_of_rank(recipe: Recipe, pp_rank: int) -> list[int]:
 
 
 class _Stage(PipelineStage):
+    """Tells its step what it does, and when."""
+
+    step: "PipelineStep"
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **options: Any) -> Any:
+        with self.step.action("forward", self.stage_index, fwd_chunk_id):
+            return super().forward_one_chunk(fwd_chunk_id, *arguments, **options)
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        with self.step.action("backward" if full_backward else "backward_input", self.stage_index, bwd_chunk_id):
+            super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        with self.step.action("backward_weight", self.stage_index, bwd_chunk_id):
+            super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         # Called by torch 2.11 alone. At the turn of a V two neighbours share a rank, and gloo cannot send to itself.
         return [op for op in super()._get_init_p2p_neighbors_ops() if op.peer != dist.get_rank()]
@@ -113,6 +134,8 @@ class PipelineStep:
     loss: logits and targets of a microbatch -> scalar, a sum over tokens already divided by the number of tokens of
         the step: microbatches are summed.
     vocab_size: columns of this rank's logits, where they stay split for a vocabulary-parallel loss.
+
+    `observer`, if set, is called with each Action of this rank, which then happens within the context that it returns.
     """
 
     def __init__(
@@ -126,6 +149,7 @@ class PipelineStep:
         loss: Callable[[Tensor, Tensor], Tensor],
         vocab_size: int | None = None,
     ) -> None:
+        self.observer: Callable[[Action], AbstractContextManager[None]] = lambda _: nullcontext()
         schedule, n_stages = recipe.pipeline.schedule, recipe.n_stages
         self.group, self.device = mesh.get_group(), device
         indices = _stages_of_rank(recipe, mesh.get_local_rank())
@@ -155,12 +179,28 @@ class PipelineStep:
             )
             for index, stage in zip(indices, stages, strict=True)
         ]
+        for stage in torch_stages:
+            stage.step = self
+
+        def last_forward(logits: Tensor, targets: Tensor) -> Tensor:
+            # torch computes the loss after the last stage's forward: it is a part of it.
+            with self.action("forward", n_stages - 1, self._microbatch):
+                return loss(logits, targets)
+
         self.schedule = SCHEDULE_CLASSES[schedule](
             torch_stages[0] if schedule in SINGLE_STAGE_SCHEDULES else torch_stages,
             recipe.n_microbatches,
-            loss_fn=loss,
+            loss_fn=last_forward,
             scale_grads=False,
         )
+
+    @contextmanager
+    def action(self, name: str, stage: int, microbatch: int) -> Iterator[None]:
+        """Within, this rank does that: in traces, and to whoever observes."""
+        self._microbatch = microbatch
+        span = record_function(f"{name} stage {stage} microbatch {microbatch}")
+        with span, self.observer(Action(name, stage, microbatch)):
+            yield
 
     def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Runs all microbatches of `tokens` and `targets` (replica_batch, T), the same on each rank of the pipeline.

@@ -1,0 +1,278 @@
+"""Where the seconds of a step go, and when each action of the pipeline ran.
+
+compute          the rest: kernels, and Python between them
+communication    exposed: the rank waits for others or their bytes, and computes nothing meanwhile
+idle             in the pipeline: some rank works on a microbatch, this one on none
+
+A rank on a CPU computes and waits on one thread, so that its waits are clocked where they are. On CUDA the host does
+not wait where the device does: there the parts come from a trace of the device (`parts_of_trace`).
+"""
+
+import contextlib
+import gzip
+import json
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+from torch.distributed.device_mesh import DeviceMesh
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from parallel.collectives import gathered
+from parallel.recipe import Recipe
+
+OBSERVED_STEPS = 100  # the last ones, so that a run of a million steps keeps no more than these
+UNITS = {"forward": 1, "backward": 2, "backward_input": 1, "backward_weight": 1}  # of time, in the ideal
+
+
+class Action(NamedTuple):
+    """What a rank of the pipeline does with one microbatch."""
+
+    name: str  # forward; backward, or where that is split backward_input and backward_weight
+    stage: int
+    microbatch: int
+
+
+@dataclass
+class _Step:
+    number: int = 0
+    seconds: float = 0.0
+    actions: list[tuple[Action, Any, Any]] = field(default_factory=list)  # with start and end: times, or CUDA events
+    waits: list[tuple[float, float]] = field(default_factory=list)
+
+
+class Timeline:
+    """Observes the steps of one rank.
+
+        with Timeline(recipe, device) as timeline:
+            timeline.begin()
+            ...  # a step; its pipeline calls `with timeline.around(action)`
+            timeline.end(step=..., seconds=...)
+        timeline.sections(mesh, steps=timed)
+
+    Times are those of the wall clock, which ranks of a host share and which hosts keep within milliseconds.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        # Compiled collectives wait where no clock of Python's sees it, and a clock within would break their graph.
+        in_graph = recipe.train.compile != "none" and (recipe.parallel.tp > 1 or recipe.parallel.cp > 1)
+        self._clocks_waits = not self._on_cuda and not in_graph
+        self._steps: deque[_Step] = deque(maxlen=OBSERVED_STEPS)
+        self._step = _Step()
+        self._patches = contextlib.ExitStack()
+
+    def __enter__(self) -> "Timeline":
+        if self._clocks_waits:
+            for owner, name in ((dist.Work, "wait"), (functional, "wait_tensor")):
+                self._patches.enter_context(mock.patch.object(owner, name, self._clocked(getattr(owner, name))))
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._patches.close()
+
+    def _clocked(self, wait: Callable[..., Any]) -> Callable[..., Any]:
+        def clocked(*arguments: Any, **options: Any) -> Any:
+            start = time.time()
+            try:
+                return wait(*arguments, **options)
+            finally:
+                self._step.waits.append((start, time.time()))
+
+        return clocked
+
+    def begin(self) -> None:
+        """A step begins; the device has nothing to do."""
+        self._step = _Step()
+        self._began = time.time()
+        if self._on_cuda:
+            self._base = _event()
+
+    @contextlib.contextmanager
+    def around(self, action: Action) -> Iterator[None]:
+        """`action` happens within. One that goes on where it stopped (a loss, after the last stage) stays one."""
+        start = self._now()
+        yield
+        actions = self._step.actions
+        if actions and actions[-1][0] == action:
+            start = actions.pop()[1]
+        actions.append((action, start, self._now()))
+
+    def end(self, *, step: int, seconds: float) -> None:
+        """The step with this number took so many seconds, and the device is done with it."""
+        self._step.number, self._step.seconds = step, seconds
+        if self._on_cuda:
+            self._step.actions = [
+                (action, self._time_of(start), self._time_of(end)) for action, start, end in self._step.actions
+            ]
+        self._steps.append(self._step)
+
+    def _now(self) -> Any:
+        return _event() if self._on_cuda else time.time()
+
+    def _time_of(self, event: torch.cuda.Event) -> float:
+        return self._began + self._base.elapsed_time(event) / 1e3
+
+    def sections(self, mesh: DeviceMesh, *, steps: Sequence[int]) -> dict[str, Any]:
+        """Of that one of `steps` which is of median length: {step_parts, bubble_fraction, timeline}, or nulls.
+
+        Collective. step_parts: {compute_seconds, communication_seconds, idle_seconds}, the mean over ranks; they add
+        up to the step. bubble_fraction: of the time from the first action to the last, the part that ranks idle.
+        timeline: the actions of one pipeline, {rank, stage, microbatch, action, start_seconds, end_seconds}.
+        """
+        kept = [step for step in self._steps if step.number in set(steps)]
+        if not kept:
+            return dict.fromkeys(("step_parts", "bubble_fraction", "timeline"))
+        seconds: list[float] = gathered([step.seconds for step in kept])[0]
+        step = kept[seconds.index(statistics.median_low(seconds))]
+        busy = [(start, end) for _, start, end in step.actions]
+        busy_of_ranks = gathered(busy)
+        times = [time for of_rank in busy_of_ranks for interval in of_rank for time in interval]
+        window = (min(times), max(times)) if times else (0.0, 0.0)
+        idle = _length([window]) - _length(busy)
+        waits = _union(step.waits)  # one may wait within another
+        waited = _length(waits) - _overlap(waits, [window]) + _overlap(waits, busy)
+        parts = gathered((step.seconds - idle - waited, waited, idle) if self._clocks_waits else None)
+        sections: dict[str, Any] = {"step_parts": mean_parts(parts), "bubble_fraction": None, "timeline": None}
+        if times:
+            sections["bubble_fraction"] = 1 - sum(map(_length, busy_of_ranks)) / (len(parts) * _length([window]))
+            sections["timeline"] = self._rows(step, mesh)
+        return sections
+
+    def _rows(self, step: _Step, mesh: DeviceMesh) -> list[dict[str, Any]]:
+        assert mesh.mesh_dim_names is not None
+        in_first_pipeline = all(mesh.get_local_rank(dim) == 0 for dim in mesh.mesh_dim_names if dim != "pp")
+        of_ranks = gathered(step.actions if in_first_pipeline else [])
+        zero = min(start for actions in of_ranks for _, start, _ in actions)
+        return [
+            {"rank": rank, "stage": action.stage, "microbatch": action.microbatch, "action": action.name}
+            | {"start_seconds": start - zero, "end_seconds": end - zero}
+            for rank, actions in enumerate(of_ranks)
+            for action, start, end in actions
+        ]
+
+
+def mean_parts(of_ranks: Sequence[tuple[float, float, float] | None]) -> dict[str, float] | None:
+    """`step_parts` from the compute, communication and idle seconds of each rank; None where one has none."""
+    known = [parts for parts in of_ranks if parts is not None]
+    if len(known) < len(of_ranks):
+        return None
+    keys = ("compute_seconds", "communication_seconds", "idle_seconds")
+    return {key: statistics.fmean(values) for key, values in zip(keys, zip(*known, strict=True), strict=True)}
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+Interval = tuple[float, float]
+
+
+def _length(intervals: Iterable[Interval]) -> float:
+    return sum(end - start for start, end in intervals)
+
+
+def _overlap(some: Iterable[Interval], others: Sequence[Interval]) -> float:
+    """Of intervals that do not overlap among themselves."""
+    return sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in some for b in others)
+
+
+# ---- the ideal -----------------------------------------------------------------------------------------------------
+
+
+def ideal_bubble(orders: Sequence[Sequence[Action]]) -> float:
+    """The bubble of a pipeline whose ranks do these actions in these orders, if messages took no time.
+
+    A forward takes one unit, a backward two, each half of a split backward one: the usual model (arXiv:2401.10241).
+    An action starts when the rank is done with the one before, and the neighbouring stage with what it needs from it.
+    """
+    n_stages = 1 + max(action.stage for order in orders for action in order)
+    done: dict[Action, int] = {}  # when
+    clocks, positions = [0] * len(orders), [0] * len(orders)
+    while any(position < len(order) for position, order in zip(positions, orders, strict=True)):
+        before = sum(positions)
+        for rank, order in enumerate(orders):
+            while positions[rank] < len(order):
+                action = order[positions[rank]]
+                ready = _ready(action, done, n_stages)
+                if ready is None:
+                    break
+                clocks[rank] = done[action] = max(clocks[rank], ready) + UNITS[action.name]
+                positions[rank] += 1
+        assert sum(positions) > before, "an order in which every rank waits for another"
+    busy = sum(UNITS[action.name] for action in done)
+    return 1 - busy / (len(orders) * max(clocks))
+
+
+def _ready(action: Action, done: Mapping[Action, int], n_stages: int) -> int | None:
+    """When the neighbouring stage has done what `action` needs; None if it has not."""
+    name, stage, microbatch = action
+    if name == "backward_weight" or (stage == 0 and name == "forward") or (stage == n_stages - 1 and name != "forward"):
+        return 0  # this rank's own earlier actions are enough
+    if name == "forward":
+        return done.get(Action("forward", stage - 1, microbatch))
+    later = (done.get(Action(half, stage + 1, microbatch)) for half in ("backward", "backward_input"))
+    return next((when for when in later if when is not None), None)
+
+
+# ---- traces --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def traced_step(path: Path, device: torch.device, *, name: str) -> Iterator[None]:
+    """Writes a trace of the step within to `path`, *.json.gz, for ui.perfetto.dev."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as profiler, record_function(name):
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    profiler.export_chrome_trace(str(path))
+
+
+def parts_of_trace(path: Path) -> tuple[float, float, float] | None:
+    """Compute, exposed communication and idle seconds of the step in a trace of traced_step; None without a GPU.
+
+    Compute is the time in which any kernel runs that is not NCCL's. Of the rest, NCCL's collectives are exposed
+    communication, and all else is idle: a pipeline's messages, which are NCCL's sends and receives, and the host.
+    """
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
+    kernels = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    if not kernels:
+        return None
+    step = next(
+        event for event in events if event["name"].startswith("step ") and event.get("cat") == "user_annotation"
+    )
+    compute, collectives = [], []
+    for kernel in kernels:
+        start = max(kernel["ts"], step["ts"])
+        interval = (start, max(start, kernel["ts"] + kernel["dur"]))
+        if not kernel["name"].startswith("nccl"):
+            compute.append(interval)
+        elif "SendRecv" not in kernel["name"]:
+            collectives.append(interval)
+    compute = _union(compute)
+    compute_us, either_us = _length(compute), _length(_union([*compute, *collectives]))
+    parts = compute_us, either_us - compute_us, max(0.0, step["dur"] - either_us)
+    return parts[0] / 1e6, parts[1] / 1e6, parts[2] / 1e6
+
+
+def _union(intervals: Iterable[Interval]) -> list[Interval]:
+    """The same time, in intervals that do not overlap."""
+    union: list[Interval] = []
+    for start, end in sorted(intervals):
+        if union and start <= union[-1][1]:
+            union[-1] = (union[-1][0], max(end, union[-1][1]))
+        else:
+            union.append((start, end))
+    return union
