@@ -108,6 +108,11 @@ def page_data(found: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
             known = machines.get(run["comparison"], set())
             run["hardware"] = min(known) if len(known) == 1 else _cpu(record["environment"])
         run["predicted"] = predictions.get(recipe) if run["kind"] == "measured" else None
+    # A dry run of what was also run is shown beside it, and is no row of its own.
+    was_run = {recipe for run, recipe in zip(runs, recipes, strict=True) if run["kind"] == "measured"}
+    runs = [
+        run for run, recipe in zip(runs, recipes, strict=True) if run["kind"] == "measured" or recipe not in was_run
+    ]
     groups: dict[tuple[str, str], int] = {}
     for run in sorted(runs, key=lambda run: run["kind"] == "dry-run"):  # groups of dry runs alone come last
         run["group"] = groups.setdefault((run["comparison"], run["hardware"]), len(groups))

@@ -80,13 +80,12 @@ def dry_run(recipe: Recipe, *, ranks: Sequence[int], say: Callable[[str], None] 
 
 
 def _measure_each(recipe: Recipe, ranks: Sequence[int], say: Callable[[str], None]) -> dict[int, Measures]:
-    """In a fresh process each where there are several, as many at once as there are cores."""
+    """In processes of their own where there are several, as many at once as there are cores."""
     if len(ranks) == 1:
         return {ranks[0]: dry_run_rank(recipe, rank=ranks[0])}
     with concurrent.futures.ProcessPoolExecutor(
         max_workers=min(len(ranks), os.cpu_count() or 1),
         mp_context=multiprocessing.get_context("spawn"),
-        max_tasks_per_child=1,
     ) as pool:
         futures = {rank: pool.submit(dry_run_rank, recipe, rank=rank) for rank in ranks}
         measured = {}

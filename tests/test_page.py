@@ -473,7 +473,7 @@ def test_rows_are_found_by_text_and_status(open_page: Open) -> None:
     page.get_by_label("Find").fill("")
     page.get_by_label("Status").select_option("refused")
     assert names_in_table(page) == ["refused"]
-    expect(page.locator("#count")).to_have_text("1 of 10 shown")
+    expect(page.locator("#count")).to_have_text("1 of 9 shown")
 
 
 def test_reasons_of_rows_that_did_not_end_well_are_read_out(open_page: Open) -> None:

@@ -229,7 +229,7 @@ function drawTable() {
     const body = element("tbody");
     if (DATA.groups.length > 1) {
       const { comparison, hardware } = DATA.groups[group];
-      const title = element("th", { colspan: COLUMNS.length + 1, scope: "rowgroup" }, element("strong", {}, comparison || "single runs"), ` on ${hardware}`);
+      const title = element("th", { colspan: COLUMNS.length + 1, scope: "rowgroup" }, element("strong", {}, comparison || DATA.title), ` on ${hardware}`);
       body.append(element("tr", { class: "group" }, title));
     }
     body.append(...visible.filter((run) => run.group === group).map(tableRow));
