@@ -83,8 +83,18 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         fitted = (_fit(cell, width, align) for cell, width, (*_, align) in zip(line, widths, COLUMNS, strict=True))
         lines.append((" " * gap).join(fitted).rstrip())
     lines.insert(2, "-" * (sum(widths) + gap * (len(widths) - 1)))
-    below = [text for record in records if (text := remark_on(record))]
+    below = [text for record in records if (text := remark_on(record))] + _without_peak(records)
     return "\n".join([*lines, "", *below, *([""] if below else []), _wrapped(_compared(records)), _wrapped(LEGEND)])
+
+
+def _without_peak(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why rows that were timed have no MFU, a reason at a time."""
+    names: dict[str, list[str]] = {}
+    for record in records:
+        shown, flops = row(record), record["flops"]
+        if shown["mfu"] is None and shown["step_seconds"]["median"] is not None and flops["peak_flops"] is None:
+            names.setdefault(str(flops["peak_source"])[:LARGEST_REASON], []).append(_cell("name", shown["name"])[:60])
+    return [_wrapped(f"{', '.join(of_reason)}: no MFU: {reason}") for reason, of_reason in names.items()]
 
 
 def progress_line(record: Mapping[str, Any]) -> str:

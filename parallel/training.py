@@ -7,14 +7,14 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from parallel.assemble import DTYPES, assemble
+from parallel.assemble import DTYPES, Assembled, assemble
 from parallel.collectives import gathered
 from parallel.corpus import Corpus, open_corpus
 from parallel.measure.clock import WARM_UP_STEPS, Clock, spread
@@ -74,52 +74,18 @@ def _train(
 
     ceiling = _ceiling(recipe, device)
     model = assemble(recipe, mesh=mesh, device=device)
-    optimizer = make_optimizer(model)
-    rows = rows_of_replica(recipe, mesh)
-    measures: Measures | None = None
-    steps: list[dict[str, Any]] = []
-    cpu_seconds: list[float] = []
-    traced = min(WARM_UP_STEPS, recipe.train.steps - 1) if profile else None
-    left_out = dict.fromkeys(range(min(WARM_UP_STEPS, recipe.train.steps)), "warm-up")
-    if traced is not None:
-        left_out[traced] = "profile"
-    trace = out / f"trace-rank-{dist.get_rank()}.json.gz"
-    clock = Clock(device)
-    with Timeline(recipe, device) as timeline, observed(model, timeline.around):
-        for step in range(recipe.train.steps):
-            batch = token_batch(corpus, recipe, step, rows, device)
-            n_graphs = _n_compiled_graphs(recipe)
-            timeline.begin()
-            name = f"step {step + 1}"
-            with traced_step(trace, device, name=name) if step == traced else contextlib.nullcontext():
-                if step == MEASURED_STEP:
-                    loss, norm, measures = measured_step(model, optimizer, *batch)
-                else:
-                    loss, norm = train_step(model, optimizer, *batch)
-            if step == traced:
-                dist.barrier()  # the next step shall not wait for whoever still writes
-            seconds, cpu = clock.lap()
-            timeline.end(step=step, seconds=seconds)
-            if _n_compiled_graphs(recipe) > n_graphs:
-                left_out.setdefault(step, "compile")
-            cpu_seconds.append(cpu)
-            steps.append({"step": step + 1, "loss": loss.item(), "grad_norm": norm.item(), "seconds": seconds})
-            _report_step(recipe, steps[-1], out)
-
-    for of_rank in gathered(left_out):  # whichever rank compiled, all waited
-        left_out = of_rank | left_out
-    timed = [step for step in range(recipe.train.steps) if step not in left_out]
-    times = timeline.sections(mesh, steps=timed)
-    if traced is not None and device.type == "cuda":
+    trace = out / f"trace-rank-{dist.get_rank()}.json.gz" if profile else None
+    done = _steps(model, corpus, device=device, out=out, trace=trace)
+    timed = [step for step in range(recipe.train.steps) if step not in done.left_out]
+    times = done.timeline.sections(mesh, steps=timed)
+    if trace is not None and device.type == "cuda":
         times["step_parts"] = mean_parts(gathered(parts_of_trace(trace)))
-    record["steps"] = steps
-    record["throughput"] = _throughput(recipe, steps, cpu_seconds, timed) | {
+    record["steps"] = done.rows
+    record["throughput"] = _throughput(recipe, done, timed) | {
         "step_parts": times.pop("step_parts"),
         "steps_timed": len(timed),
-        "steps_left_out": dict(collections.Counter(left_out.values())),
+        "steps_left_out": dict(collections.Counter(done.left_out.values())),
     }
-    if traced is not None:
-        _say(f"traces of step {traced + 1}: {out}/trace-rank-*.json.gz, for ui.perfetto.dev")
     if device.type == "cpu":  # whatever else runs on the machine can only slow a product down
         ceiling = max(ceiling, _ceiling(recipe, device))
     peak = peak_of_rank(
@@ -129,13 +95,59 @@ def _train(
         local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", recipe.world_size)),
         given_flops=given_peak_flops,
     )
-    record |= _counted(recipe, measures, record["throughput"]["step_seconds"]["median"], peak, ceiling)
+    record |= _counted(recipe, done.measures, record["throughput"]["step_seconds"]["median"], peak, ceiling)
     record["pipeline"] |= times
     record["status"] = "ok"
     if dist.get_rank() != 0:
         return None
     write_record(out / "record.json", record)
     return record
+
+
+class _Steps(NamedTuple):
+    """What came of the steps of a run, on this rank."""
+
+    rows: list[dict[str, Any]]  # of the record
+    cpu_seconds: list[float]
+    measures: Measures | None
+    timeline: Timeline
+    left_out: dict[int, str]  # of the timing: why, by index, for all ranks
+
+
+def _steps(model: Assembled, corpus: Corpus, *, device: torch.device, out: Path, trace: Path | None) -> _Steps:
+    """Trains; one step is traced to the file `trace`, if there is one: the first that is no warm-up, or the last."""
+    recipe, optimizer = model.recipe, make_optimizer(model)
+    rows = rows_of_replica(recipe, model.mesh)
+    n_warm_up = min(WARM_UP_STEPS, recipe.train.steps)
+    traced = min(WARM_UP_STEPS, recipe.train.steps - 1) if trace else None
+    left_out = dict.fromkeys(range(n_warm_up), "warm-up") | ({} if traced is None else {traced: "profile"})
+    done = _Steps([], [], None, Timeline(recipe, device), left_out)
+    clock = Clock(device)
+    with done.timeline as timeline, observed(model, timeline.around):
+        for step in range(recipe.train.steps):
+            batch = token_batch(corpus, recipe, step, rows, device)
+            n_graphs = _n_compiled_graphs(recipe)
+            timeline.begin()
+            name = f"step {step + 1}"
+            with traced_step(trace, device, name=name) if trace and step == traced else contextlib.nullcontext():
+                if step == MEASURED_STEP:
+                    loss, norm, measures = measured_step(model, optimizer, *batch)
+                    done = done._replace(measures=measures)
+                else:
+                    loss, norm = train_step(model, optimizer, *batch)
+            if step == traced:
+                dist.barrier()  # the next step shall not wait for whoever still writes
+                _say(f"{name}: traces in {out}/trace-rank-*.json.gz, for ui.perfetto.dev")
+            seconds, cpu = clock.lap()
+            timeline.end(step=step, seconds=seconds)
+            if _n_compiled_graphs(recipe) > n_graphs:
+                left_out.setdefault(step, "compile")
+            done.cpu_seconds.append(cpu)
+            done.rows.append({"step": step + 1, "loss": loss.item(), "grad_norm": norm.item(), "seconds": seconds})
+            _report_step(recipe, done.rows[-1], out)
+    for of_rank in gathered(left_out):  # when one rank compiles, all wait
+        left_out |= of_rank
+    return done
 
 
 def prove(recipe: Recipe, *, mesh: DeviceMesh, device: torch.device) -> dict[str, Any] | None:
@@ -189,18 +201,16 @@ def token_batch(corpus: Corpus, recipe: Recipe, step: int, rows: range, device: 
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def _throughput(
-    recipe: Recipe, steps: list[dict[str, Any]], cpu_seconds: list[float], timed: list[int]
-) -> dict[str, Any]:
-    cpu_seconds_timed = sum(gathered(sum(cpu_seconds[step] for step in timed)))
-    seconds = spread([steps[step]["seconds"] for step in timed])
+def _throughput(recipe: Recipe, done: _Steps, timed: list[int]) -> dict[str, Any]:
+    cpu_seconds = sum(gathered(sum(done.cpu_seconds[step] for step in timed)))
+    seconds = spread([done.rows[step]["seconds"] for step in timed])
     tokens = recipe.train.global_batch * recipe.train.seq_len
     per_second = tokens / seconds["median"] if seconds["median"] else None
     return {
         "tokens_per_s": per_second,
         "tokens_per_s_per_rank": per_second / recipe.world_size if per_second else None,
         "step_seconds": seconds,
-        "cpu_seconds_per_step": cpu_seconds_timed / len(timed) if timed else None,
+        "cpu_seconds_per_step": cpu_seconds / len(timed) if timed else None,
     }
 
 

@@ -732,6 +732,13 @@ def test_a_row_shows_what_was_measured_and_a_dash_for_what_was_not() -> None:
     assert text[4].split() == ["nothing", *"-" * 11]
 
 
+def test_a_row_that_was_timed_says_why_it_has_no_mfu() -> None:
+    unknown = {"mfu": None, "mfu_causal": None, "hfu": None, "peak_flops": None, "peak_source": "no peak of 'Fast 1'"}
+    records = [measured("a"), measured("b", flops=unknown), measured("c", flops=unknown)]
+    assert "b, c: no MFU: no peak of 'Fast 1'" in table(records).splitlines()
+    assert "no MFU" not in table(records[:1])
+
+
 def test_a_table_is_at_most_a_hundred_columns_wide_whatever_is_in_it() -> None:
     records = [measured("n" * 100), measured("short", status="failed", reason="why " * 300 + "\n" + "log" * 200)]
     records.append(measured("differs", parity=records[0]["parity"] | {"passed": False}))

@@ -52,7 +52,8 @@ class MemoryTracker(TorchDispatchMode):
                      region, such as tables of rotary positions
         activations  the rest of what the region makes: inputs, results of layers (whether kept for backward, computed
                      again in it, or about to be freed), weights cast to the type of the computation, results of
-                     functional collectives, gradients with respect to all these, losses and norms
+                     functional collectives, gradients with respect to all these, losses and norms; where a pipeline
+                     splits backward, gradients of weights not yet added, too
 
     The five add up to the peak. A storage older than the region is counted from entry on if it belongs to a parameter,
     a gradient or the optimizer, or if an operator of the region uses it; others are nobody's business here.
