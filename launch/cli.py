@@ -23,7 +23,8 @@ EXAMPLES = """examples:
   lab check recipes/strategies/*.toml                  is every recipe right? starts nothing
   lab run recipes/strategies/fsdp.toml                 4 processes on this machine
   lab run recipes/strategies/fsdp.toml --set train.steps=5 --set sharding.prefetch=2
-  lab check recipes/large/*.toml --memory 80GiB        would each fit? a dry run of every kind of rank
+  lab check recipes/large/llama3-8b-fsdp.toml --memory 80GiB
+                                                       does every rank fit? dry-runs one of each kind
   lab dry-run recipes/large/llama3-8b-fsdp.toml --world-size 1024
                                                        memory and traffic of a rank, from this machine alone
   lab compare recipes/compare/first-look.toml          a table of four strategies in a minute

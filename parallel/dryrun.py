@@ -57,14 +57,14 @@ def dry_run(recipe: Recipe, *, ranks: Sequence[int], say: Callable[[str], None] 
     for rank in ranks:
         if not 0 <= rank < recipe.world_size:
             raise RecipeError("--rank", rank, f"the recipe has ranks 0 to {recipe.world_size - 1}")
-    measured = _measure_each(recipe, ranks, say)
+    measured = dict(_measure_each(recipe, ranks, say))
     kinds = distinct_ranks(recipe)
     complete = kinds.keys() <= measured.keys()
     per_rank = [{"rank": rank, **measures.memory} for rank, measures in measured.items()]
-    memory = memory_section(per_rank, step=2)
+    note = MEMORY_NOTE + (EAGER_NOTE if recipe.train.compile != "none" else "")
+    memory = memory_section(per_rank, step=2, note=note)
     if not complete:
         memory |= {"max_peak_bytes": None, "min_peak_bytes": None}
-    memory["note"] = MEMORY_NOTE + (EAGER_NOTE if recipe.train.compile != "none" else "")
     flops = flops_section(
         recipe,
         hardware_flops_per_step=sum(n * measured[rank].flops for rank, n in kinds.items()) if complete else None,
@@ -79,20 +79,21 @@ def dry_run(recipe: Recipe, *, ranks: Sequence[int], say: Callable[[str], None] 
     return record | {"status": "ok", "memory": memory, "flops": flops, "traffic": traffic, "pipeline": pipeline}
 
 
-def _measure_each(recipe: Recipe, ranks: Sequence[int], say: Callable[[str], None]) -> dict[int, Measures]:
-    """In processes of their own where there are several, as many at once as there are cores."""
+def _measure_each(recipe: Recipe, ranks: Sequence[int], say: Callable[[str], None]) -> Iterator[tuple[int, Measures]]:
+    """Each rank's, in order. In processes of their own where there are several, as many at once as there are cores."""
     if len(ranks) == 1:
-        return {ranks[0]: dry_run_rank(recipe, rank=ranks[0])}
-    with concurrent.futures.ProcessPoolExecutor(
-        max_workers=min(len(ranks), os.cpu_count() or 1),
-        mp_context=multiprocessing.get_context("spawn"),
-    ) as pool:
-        futures = {rank: pool.submit(dry_run_rank, recipe, rank=rank) for rank in ranks}
-        measured = {}
-        for rank, future in futures.items():
-            measured[rank] = future.result()
-            say(f"rank {rank}  ({len(measured)}/{len(ranks)})")
-        return measured
+        yield ranks[0], dry_run_rank(recipe, rank=ranks[0])
+        return
+    workers = min(len(ranks), os.cpu_count() or 1)
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(dry_run_rank, recipe, rank=rank) for rank in ranks]
+        try:
+            for n_done, (rank, future) in enumerate(zip(ranks, futures, strict=True), start=1):
+                measures = future.result()
+                say(f"rank {rank}  ({n_done}/{len(ranks)})")
+                yield rank, measures
+        finally:  # whoever has seen enough does not wait for the rest
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 # ---- one rank ------------------------------------------------------------------------------------------------------
@@ -117,7 +118,9 @@ def dry_run_rank(recipe: Recipe, *, rank: int) -> Measures:
             optimizer = make_optimizer(model)
             tokens = torch.empty(recipe.replica_batch, recipe.train.seq_len, dtype=torch.int64)
             targets = torch.empty_like(tokens)
-            train_step(model, optimizer, tokens, targets)
+            # For the first, one microbatch is enough; a pipeline takes all of them or none.
+            first = slice(None if recipe.parallel.pp > 1 else recipe.micro_batch)
+            train_step(model, optimizer, tokens[first], targets[first])
             *_, measures = measured_step(model, optimizer, tokens, targets)
             return measures
 
@@ -215,19 +218,22 @@ REMEDIES = {
 def refuse_too_large(recipe: Recipe, *, memory_bytes: int, given: str, say: Callable[[str], None]) -> dict[str, int]:
     """The memory of the rank that needs most: {rank, peak_bytes, parameters_bytes, ...}, from a dry run of each kind.
 
-    given: what the user wrote for memory_bytes. Raises RecipeError where it is not enough.
+    given: what the user wrote for memory_bytes. Raises RecipeError for the first rank for which it is not enough.
     """
-    per_rank = dry_run(recipe, ranks=list(distinct_ranks(recipe)), say=say)["memory"]["per_rank"]
-    fullest: dict[str, int] = max(per_rank, key=lambda row: row["peak_bytes"])
-    if fullest["peak_bytes"] > memory_bytes:
-        parts = sorted(REMEDIES, key=lambda part: -fullest[f"{part}_bytes"])
-        split = ", ".join(f"{part} {fullest[f'{part}_bytes'] / 2**30:.3g}" for part in parts)
-        raise RecipeError(
-            "--memory",
-            given,
-            f"rank {fullest['rank']} of {recipe.name} needs {fullest['peak_bytes'] / 2**30:.4g} GiB ({split}), and an"
-            f" allocator takes some more; for {parts[0]} take {REMEDIES[parts[0]]}",
-        )
+    fullest: dict[str, int] = {"peak_bytes": 0}
+    for rank, measures in _measure_each(recipe, list(distinct_ranks(recipe)), say):
+        memory = measures.memory
+        if memory["peak_bytes"] > memory_bytes:
+            parts = sorted(REMEDIES, key=lambda part: -memory[f"{part}_bytes"])
+            split = ", ".join(f"{part} {memory[f'{part}_bytes'] / 2**30:.3g}" for part in parts)
+            raise RecipeError(
+                "--memory",
+                given,
+                f"rank {rank} of {recipe.name} needs {memory['peak_bytes'] / 2**30:.4g} GiB ({split}), and an"
+                f" allocator takes some more; for {parts[0]} take {REMEDIES[parts[0]]}",
+            )
+        if memory["peak_bytes"] > fullest["peak_bytes"]:
+            fullest = {"rank": rank, **memory}
     return fullest
 
 

@@ -11,7 +11,7 @@ from torch.profiler import record_function
 
 from parallel.assemble import Assembled
 from parallel.measure.flops import FlopCounter
-from parallel.measure.memory import MemoryTracker, allocator_peaks, reset_allocator_peaks
+from parallel.measure.memory import UNTRACKED, MemoryTracker, allocator_peaks, reset_allocator_peaks
 from parallel.measure.timeline import Action, ideal_bubble
 from parallel.measure.traffic import TrafficLog
 
@@ -21,7 +21,7 @@ class Measures(NamedTuple):
 
     flops: int
     memory: dict[str, Any]  # peak_bytes, and parameters_bytes, ... at that peak; the CUDA allocator's own peaks
-    traffic: list[dict[str, Any]]  # {mesh_dim, collective, calls, bytes_per_rank}
+    traffic: list[dict[str, Any]] | None  # {mesh_dim, collective, calls, bytes_per_rank}
     actions: list[Action]  # of the pipeline, in order
 
 
@@ -56,7 +56,7 @@ def measured_step(
 ) -> tuple[Tensor, Tensor, Measures]:
     """A train_step under the trackers, which slow it down; on real or on fake tensors. Never the first step: that one
     makes the optimizer's state. Compiled code makes tensors where no tracker sees them: there FLOPs alone are counted,
-    and memory and traffic are empty.
+    and memory and traffic are None but for the allocator's own peaks.
     """
     actions: list[Action] = []
 
@@ -65,12 +65,12 @@ def measured_step(
             actions.append(action)
         return contextlib.nullcontext()
 
+    reset_allocator_peaks(tokens.device)
     with observed(model, note), FlopCounter() as flops:
         if model.recipe.train.compile != "none":
             loss, norm = train_step(model, optimizer, tokens, targets)
-            return loss, norm, Measures(flops.flops, {}, [], actions)
+            return loss, norm, Measures(flops.flops, UNTRACKED | allocator_peaks(tokens.device), None, actions)
         parameters = [parameter for _, parameter in model.named_parameters()]
-        reset_allocator_peaks(tokens.device)
         with (
             TrafficLog(model.mesh) as traffic,
             MemoryTracker(parameters, optimizer, device=tokens.device) as memory,
@@ -104,10 +104,13 @@ def pipeline_section(of_ranks: Iterable[Sequence[Action]], *, n_stages: int) -> 
     }
 
 
-def largest_traffic(of_ranks: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def largest_traffic(of_ranks: Sequence[list[dict[str, Any]] | None]) -> list[dict[str, Any]] | None:
     """The `traffic` of a record: of each kind of message, the row of the rank that sends most."""
+    known = [rows for rows in of_ranks if rows is not None]
+    if len(known) < len(of_ranks):
+        return None
     largest: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in itertools.chain(*of_ranks):
+    for row in itertools.chain(*known):
         key = (row["mesh_dim"], row["collective"])
         if key not in largest or (row["bytes_per_rank"] or 0) > (largest[key]["bytes_per_rank"] or 0):
             largest[key] = row

@@ -240,10 +240,10 @@ def _counted(
         _say(f"flops: {error}")
         sections = {"flops": section(peak=Peak(None, str(error)))}
     if measures:
-        sections["pipeline"] = pipeline_section((theirs.actions for theirs in counted), n_stages=recipe.n_stages)
-    if measures and measures.memory:
         per_rank = [{"rank": rank, **theirs.memory} for rank, theirs in enumerate(counted)]
-        sections["memory"] = memory_section(per_rank, step=MEASURED_STEP + 1)
+        note = None if recipe.train.compile == "none" else "compiled code makes tensors where no tracker sees them"
+        sections["memory"] = memory_section(per_rank, step=MEASURED_STEP + 1, note=note)
+        sections["pipeline"] = pipeline_section((theirs.actions for theirs in counted), n_stages=recipe.n_stages)
         sections["traffic"] = largest_traffic([rank.traffic for rank in counted])
     return sections
 

@@ -360,6 +360,7 @@ def test_the_section_of_the_record() -> None:
         "max_peak_bytes": 7,
         "min_peak_bytes": 5,
         "step": 2,
+        "note": None,
     }
 
 

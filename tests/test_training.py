@@ -202,3 +202,12 @@ def buckets_left(recipe: Recipe) -> bool:
 def test_a_model_that_is_dropped_is_freed(ranks: Ranks) -> None:
     """With its gradient buckets, and so the process groups and their threads."""
     assert ranks(2, buckets_left, small_recipe(parallel=dict(dp_replicate=2))) == [False, False]
+
+
+def test_what_compiled_code_hides_is_null_with_the_reason(ranks: Ranks, tmp_path: Path) -> None:
+    recipe = small_recipe("float32", parallel=dict(tp=2), train=dict(steps=5, compile="aot_eager", parity=False))
+    record = ranks(2, run, recipe, str(tmp_path))[0]
+    assert record["traffic"] is None and record["throughput"]["step_parts"] is None
+    assert [row["peak_bytes"] for row in record["memory"]["per_rank"]] == [None, None]
+    assert record["memory"]["max_peak_bytes"] is None and "compiled" in record["memory"]["note"]
+    assert record["flops"]["hardware_flops_per_token"] > record["flops"]["model_flops_per_token_causal"]

@@ -272,15 +272,20 @@ def allocator_peaks(device: torch.device) -> dict[str, int | None]:
     }
 
 
-def memory_section(per_rank: Sequence[dict[str, Any]], *, step: int) -> dict[str, Any]:
+UNTRACKED: dict[str, None] = dict.fromkeys(f"{name}_bytes" for name in ("peak", *CATEGORIES))  # as MemoryTracker.peak
+
+
+def memory_section(per_rank: Sequence[dict[str, Any]], *, step: int, note: str | None = None) -> dict[str, Any]:
     """The `memory` of a record, from one entry per observed rank: {"rank": ..., **tracker.peak(), ...}.
 
-    step: the step that was observed, counted from 1.
+    step: the step that was observed, counted from 1. note: what a reader must know.
     """
     peaks = [entry["peak_bytes"] for entry in per_rank]
+    known = bool(peaks) and None not in peaks
     return {
         "per_rank": sorted(per_rank, key=lambda entry: entry["rank"]),
-        "max_peak_bytes": max(peaks),
-        "min_peak_bytes": min(peaks),
+        "max_peak_bytes": max(peaks) if known else None,
+        "min_peak_bytes": min(peaks) if known else None,
         "step": step,
+        "note": note,
     }
