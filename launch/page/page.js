@@ -667,7 +667,7 @@ function stepChart(runs) {
     id: "step",
     title: "Step time in its parts",
     about: "The step of median length, mean over ranks: compute, communication that nothing hides, waiting for a neighbour in the pipeline.",
-    missing: "Not measured in these runs.",
+    missing: "Not measured in these runs. On CUDA --profile measures it.",
     key: names.map((name, i) => [i, STEP_PARTS[name]]),
     draw: totals.some((total) => total !== null) &&
       ((width) => rowChart(width, { rows: stackedRows(runs, (run) => [{ measured: stack(run) }], { size, format, columns: [unit] }), columns: [unit], unit: `${unit} per step`, most: largest(totals) / size })),

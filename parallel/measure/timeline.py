@@ -1,8 +1,8 @@
 """Where the seconds of a step go, and when each action of the pipeline ran.
 
-compute          the rest: kernels, and Python between them
 communication    exposed: the rank waits for others or their bytes, and computes nothing meanwhile
 idle             in the pipeline: some rank works on a microbatch, this one on none
+compute          the rest: kernels, and Python between them
 
 A rank on a CPU computes and waits on one thread, so that its waits are clocked where they are. On CUDA the host does
 not wait where the device does: there the parts come from a trace of the device (`parts_of_trace`).
@@ -128,14 +128,15 @@ class Timeline:
         up to the step. bubble_fraction: of the time from the first action to the last, the part that ranks idle.
         timeline: the actions of one pipeline, {rank, stage, microbatch, action, start_seconds, end_seconds}.
         """
-        kept = [step for step in self._steps if step.number in set(steps)]
+        wanted = set(steps)
+        kept = [step for step in self._steps if step.number in wanted]
         if not kept:
             return dict.fromkeys(("step_parts", "bubble_fraction", "timeline"))
         seconds: list[float] = gathered([step.seconds for step in kept])[0]
         step = kept[seconds.index(statistics.median_low(seconds))]
         busy = [(start, end) for _, start, end in step.actions]
         busy_of_ranks = gathered(busy)
-        times = [time for of_rank in busy_of_ranks for interval in of_rank for time in interval]
+        times = [moment for of_rank in busy_of_ranks for interval in of_rank for moment in interval]
         window = (min(times), max(times)) if times else (0.0, 0.0)
         idle = _length([window]) - _length(busy)
         waits = _union(step.waits)  # one may wait within another
