@@ -5,12 +5,13 @@
 Nothing here assumes a real device or a real process group.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch._functorch.config as functorch_config
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -151,6 +152,14 @@ def load_no_weights(model: Transformer, recipe: Recipe, device: torch.device) ->
         model.output.weight = model.embedding.weight  # to_empty made them two
 
 
+@contextmanager
+def attention_kernel(name: str) -> Iterator[None]:
+    """Within, scaled_dot_product_attention has this kernel of ATTENTION_KERNELS, or raises RuntimeError."""
+    # What torch.compile keeps on disk from other runs is found by the graph, whatever kernel that was compiled with.
+    with sdpa_kernel(ATTENTION_KERNELS[name]), functorch_config.patch(enable_autograd_cache=False):
+        yield
+
+
 def _forward_backward(
     recipe: Recipe, stages: list[Transformer], mesh: DeviceMesh, device: torch.device, buckets: GradientBuckets | None
 ) -> tuple[Callable[[Tensor, Tensor], Tensor], PipelineStep | None]:
@@ -203,12 +212,12 @@ def _forward_backward(
         )
 
     run = pipeline or accumulate
-    kernels = partial(sdpa_kernel, ATTENTION_KERNELS[train.attention]) if train.attention != "auto" else nullcontext
+    kernel = nullcontext if train.attention == "auto" else partial(attention_kernel, train.attention)
 
     def forward_backward(tokens: Tensor, targets: Tensor) -> Tensor:
         if positions is not None:
             tokens, targets = tokens[:, positions], targets[:, positions]
-        with kernels():
+        with kernel():
             loss = run(tokens, targets)
         if buckets is not None:
             buckets.finish()

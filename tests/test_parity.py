@@ -149,7 +149,7 @@ COMPILE = [
         dict(parallel=dict(pp=2, dp_shard=2), pipeline=dict(schedule="1f1b")),
         dict(parallel=dict(pp=2), pipeline=dict(schedule="interleaved-1f1b"), recompute=dict(mode="full")),
     )
-] + [case("inductor", train=dict(compile="inductor"), model=dict(n_layers=1))]
+] + [case("inductor", train=dict(compile="inductor", attention="math"), model=dict(n_layers=1))]
 
 
 @pytest.mark.parametrize("sections", DATA + RECOMPUTE + TENSOR + CONTEXT + PIPELINE + MIXES + COMPILE)
