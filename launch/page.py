@@ -17,7 +17,7 @@ from launch.folder import variant_order
 from launch.table import short_layout
 from parallel.measure.record import read_record
 
-DEEPEST = 3  # folders below the one that is given, as in machine or date / comparison / variant
+DEEPEST = 4  # folders below the one that is given, as in machine / comparison / predicted / variant
 MOST_STEPS = 500  # points of a loss curve; of a longer run, evenly spaced ones and the last
 MOST_ACTIONS = 20_000  # of a pipeline's timeline
 MOST_LANES = 16  # ranks of a timeline; of more, one for each of the pipeline's

@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def n_bytes(key: str, text: str) -> int:
-    """ "80GiB" in bytes. Raises RecipeError."""
+    """How many bytes `text` is, as in 80GiB. Raises RecipeError."""
     match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?) ?([KMGT]i?B)", text)
     if not match:
         raise RecipeError(key, text, "give a number and KiB, MiB, GiB, TiB (or KB, MB, GB, TB), as in 80GiB")

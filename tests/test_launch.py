@@ -466,6 +466,16 @@ def test_resume_keeps_what_is_done_and_runs_the_rest(lab: Lab) -> None:
     assert "done before" not in out
 
 
+def test_predict_dry_runs_every_variant_for_the_page(lab: Lab) -> None:
+    code, out, _ = lab("compare", comparison_file(lab, "one", "two"), "--predict")
+    assert code == 0 and "dry run of two" in out
+    for name in ("one", "two"):
+        run, predicted = lab.record("trio", name), lab.record("trio", "predicted", name)
+        assert (predicted["kind"], predicted["status"]) == ("dry-run", "ok")
+        assert predicted["recipe"] == run["recipe"] and predicted["memory"]["max_peak_bytes"] > 0
+    assert lab("report", "runs/trio", "--json")[1].count('"name"') == 2  # the table is of runs
+
+
 def test_a_folder_that_is_no_comparison_is_refused_and_untouched(lab: Lab) -> None:
     write_record(make(lab.folder / "runs" / "trio") / "record.json", new_record({"name": "trio"}) | {"status": "ok"})
     code, out, err = lab("compare", comparison_file(lab, "good"))
