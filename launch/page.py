@@ -1,7 +1,7 @@
 """The page: one HTML file that shows a folder of results, offline, with everything it needs inside.
 
-A record is data from anywhere. What the page shows of it is picked here, key by key, as numbers or as text; page.js
-inserts text as text, and the Content-Security-Policy lets no script run but page.js and no request leave the page.
+A record is data from anywhere. What the page shows of it is picked here, key by key, as numbers or as text; its
+script inserts text as text, and the Content-Security-Policy lets no other script run and no request leave the page.
 """
 
 import base64
@@ -17,6 +17,7 @@ from launch.folder import variant_order
 from launch.table import short_layout
 from parallel.measure.record import read_record
 
+SCRIPTS = ("tools.js", "figures.js", "charts.js", "page.js")  # one script in the page, in this order
 DEEPEST = 4  # folders below the one that is given, as in machine / comparison / predicted / variant
 MOST_STEPS = 500  # points of a loss curve; of a longer run, evenly spaced ones and the last
 MOST_ACTIONS = 20_000  # of a pipeline's timeline
@@ -64,9 +65,10 @@ def find_records(directory: Path) -> list[tuple[str, dict[str, Any]]]:
 def page_html(title: str, found: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """The whole page. title: plain text; found: unique identifiers with "/" between folders, and their records."""
     assets = files("launch") / "page"
-    style, script, text = (
-        (assets / name).read_text(encoding="utf-8") for name in ("page.css", "page.js", "template.html")
+    style, text, *scripts = (
+        (assets / name).read_text(encoding="utf-8") for name in ("page.css", "template.html", *SCRIPTS)
     )
+    script = "\n".join(scripts)
     policy = (
         f"default-src 'none'; script-src '{_sha256(script)}'; style-src '{_sha256(style)}'; img-src data:;"
         " base-uri 'none'; form-action 'none'"
