@@ -241,7 +241,7 @@ def report_folder(arguments: argparse.Namespace) -> int:
     if records or arguments.json:  # the page looks deeper into the folder than the table
         print(record_json([row(record) for record in records]) if arguments.json else table(records))
     if on_page:
-        _progress(arguments)(f"\n{printable(str(arguments.html))}: {on_page} runs")
+        _progress(arguments)(f"\n{printable(str(arguments.html))}: {on_page} records")
     return 0
 
 

@@ -172,13 +172,14 @@ def predict(comparison: Comparison, *, out: Path, say: Callable[[str], None]) ->
     """Dry-runs every variant, to out/<name>/predicted/<variant>/: the page shows it beside what was measured."""
     from parallel.dryrun import distinct_ranks, dry_run  # a comparison alone lives without torch
 
+    folder = out / comparison.name / PREDICTED
+    done = _done(comparison, folder)  # kept by --resume
     for variant in comparison.variants:
-        if variant.recipe is not None:
+        if variant.recipe is not None and variant.name not in done:
             say(f"dry run of {variant.name}")
-            folder = out / comparison.name / PREDICTED / variant.name
-            folder.mkdir(parents=True, exist_ok=True)
+            (folder / variant.name).mkdir(parents=True, exist_ok=True)
             record = dry_run(variant.recipe, ranks=list(distinct_ranks(variant.recipe)))
-            write_record(folder / "record.json", record)
+            write_record(folder / variant.name / "record.json", record)
 
 
 def _done(comparison: Comparison, folder: Path) -> dict[str, dict[str, Any]]:

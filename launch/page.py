@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.folder import variant_order
-from launch.table import short_layout
+from launch.table import number_in, short_layout
 from parallel.measure.record import read_record
 
 SCRIPTS = ("tools.js", "figures.js", "charts.js", "page.js")  # one script in the page, in this order
@@ -33,7 +33,7 @@ STEP_PARTS = ("compute", "communication", "idle")  # <name>_seconds in a record
 
 
 def write_page(directory: str | Path, file: str | Path) -> int:
-    """Writes the page of all results in and below `directory` to `file`; the number of runs on it.
+    """Writes the page of all results in and below `directory` to `file`; the number of records that it shows.
 
     Where there are none it writes nothing. Raises OSError where the file cannot be written.
     """
@@ -135,31 +135,31 @@ def _run(identifier: str, record: Mapping[str, Any]) -> dict[str, Any]:
         "reason": _text(record["reason"]),
         "kind": record["kind"] or "measured",
         "layout": short_layout(record["layout"]),
-        "world_size": _number(record["layout"]["world_size"]),
+        "world_size": number_in(record["layout"]["world_size"]),
         "shape": _shape(recipe),
         "hardware": _hardware(record["environment"]),
-        "loss": _number(last.get("loss")),
+        "loss": number_in(last.get("loss")),
         "steps": _folded(_steps(record["steps"])),
         "parity": {
-            "max_rel_grad_diff": _number(parity["max_rel_grad_diff"]),
-            "max_abs_loss_diff": _number(parity["max_abs_loss_diff"]),
+            "max_rel_grad_diff": number_in(parity["max_rel_grad_diff"]),
+            "max_abs_loss_diff": number_in(parity["max_abs_loss_diff"]),
             "passed": passed if isinstance(passed, bool) else None,
             "reference": _text(parity["reference"]),
             "dtype": _text(parity["dtype"]),
         },
-        "tokens_per_s": _number(throughput["tokens_per_s"]),
-        "tokens_per_s_per_rank": _number(throughput["tokens_per_s_per_rank"]),
-        "cpu_seconds_per_step": _number(throughput["cpu_seconds_per_step"]),
-        "step_seconds": {key: _number(throughput["step_seconds"][key]) for key in ("median", "p10", "p90")},
+        "tokens_per_s": number_in(throughput["tokens_per_s"]),
+        "tokens_per_s_per_rank": number_in(throughput["tokens_per_s_per_rank"]),
+        "cpu_seconds_per_step": number_in(throughput["cpu_seconds_per_step"]),
+        "step_seconds": {key: number_in(throughput["step_seconds"][key]) for key in ("median", "p10", "p90")},
         "step_parts": _step_parts(throughput.get("step_parts")),
-        "steps_timed": _number(throughput.get("steps_timed")),
+        "steps_timed": number_in(throughput.get("steps_timed")),
         "steps_left_out": _numbers(throughput.get("steps_left_out")),
-        "flops": {key: _number(flops[key]) for key in FLOPS}
+        "flops": {key: number_in(flops[key]) for key in FLOPS}
         | {key: _text(flops[key]) for key in ("definition", "peak_source")},
         "memory": _memory(record["memory"]),
         "traffic": _traffic(record["traffic"]),
-        "bubble": _number(pipeline["bubble_fraction"]),
-        "bubble_ideal": _number(pipeline["bubble_fraction_ideal"]),
+        "bubble": number_in(pipeline["bubble_fraction"]),
+        "bubble_ideal": number_in(pipeline["bubble_fraction_ideal"]),
         "timeline": _folded(_timeline(pipeline.get("timeline"))),
         "recipe": _plain(recipe),
         "environment": _plain(record["environment"]),
@@ -171,14 +171,10 @@ def _folded(value: Any) -> str | None:
     return None if value is None else json.dumps(value, separators=(",", ":"))
 
 
-def _number(value: Any) -> float | None:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 else None
-
-
 def _numbers(value: Any) -> dict[str, float] | None:
     """The numbers of a table, by key; None where there is none."""
     table = value if isinstance(value, dict) else {}
-    return {_text(key) or "": number for key, item in table.items() if (number := _number(item)) is not None} or None
+    return {_text(key) or "": number for key, item in table.items() if (number := number_in(item)) is not None} or None
 
 
 def _step_parts(value: Any) -> dict[str, float | None] | None:
@@ -197,7 +193,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
         return {_text(key): _plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list) and depth < 3:
         return [_plain(item, depth + 1) for item in value[:1000]]
-    number = _number(value)
+    number = number_in(value)
     return value if value is None or isinstance(value, bool) else _text(value) if number is None else number
 
 
@@ -207,7 +203,7 @@ def _rows(value: Any) -> list[dict[str, Any]]:
 
 def _steps(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """{step: [...], loss: [...]}, at most MOST_STEPS of them."""
-    points = [(_number(step.get("step")), _number(step.get("loss"))) for step in steps]
+    points = [(number_in(step.get("step")), number_in(step.get("loss"))) for step in steps]
     known = [point for point in points if None not in point]
     if len(known) > MOST_STEPS:
         known = known[:: -(-len(known) // MOST_STEPS)] + known[-1:]
@@ -221,15 +217,15 @@ def _memory(memory: Mapping[str, Any]) -> dict[str, Any] | None:
     """
     per_rank: list[dict[str, Any]] = [
         {
-            "rank": _number(row.get("rank")),
+            "rank": number_in(row.get("rank")),
             "peak_bytes": peak,
-            **{key: _number(row.get(f"{key}_bytes")) for key in MEMORY},
+            **{key: number_in(row.get(f"{key}_bytes")) for key in MEMORY},
         }
         for row in _rows(memory["per_rank"])
-        if (peak := _number(row.get("peak_bytes"))) is not None
+        if (peak := number_in(row.get("peak_bytes"))) is not None
     ]
-    most, least = _number(memory["max_peak_bytes"]), _number(memory["min_peak_bytes"])
-    told = {"all_known": most is not None, "step": _number(memory.get("step")), "note": _text(memory.get("note"))}
+    most, least = number_in(memory["max_peak_bytes"]), number_in(memory["min_peak_bytes"])
+    told = {"all_known": most is not None, "step": number_in(memory.get("step")), "note": _text(memory.get("note"))}
     if per_rank:
         by_peak = sorted(per_rank, key=lambda row: row["peak_bytes"])
         return {"largest": by_peak[-1], "smallest": by_peak[0], "ranks": len(per_rank), **told}
@@ -246,7 +242,7 @@ def _traffic(traffic: Any) -> list[dict[str, Any]] | None:
         return None
     return [
         {key: _text(row.get(key)) or "unknown" for key in ("mesh_dim", "collective")}
-        | {key: _number(row.get(key)) for key in ("calls", "bytes_per_rank")}
+        | {key: number_in(row.get(key)) for key in ("calls", "bytes_per_rank")}
         for row in _rows(traffic)
     ]
 
@@ -258,8 +254,8 @@ def _timeline(timeline: Any) -> dict[str, Any] | None:
     """
     actions = []
     for row in _rows(timeline):
-        rank, stage, microbatch = (_number(row.get(key)) for key in ("rank", "stage", "microbatch"))
-        start, end = _number(row.get("start_seconds")), _number(row.get("end_seconds"))
+        rank, stage, microbatch = (number_in(row.get(key)) for key in ("rank", "stage", "microbatch"))
+        start, end = number_in(row.get("start_seconds")), number_in(row.get("end_seconds"))
         if rank is not None and start is not None and end is not None:
             actions.append((rank, stage, microbatch, _text(row.get("action")) or "unknown", start, end))
     if not actions:
@@ -309,6 +305,6 @@ def _hardware(environment: Mapping[str, Any]) -> str | None:
 
 
 def _cpu(environment: Mapping[str, Any]) -> str:
-    cpu, cores = environment["cpu"], _number(environment["cores"])
+    cpu, cores = environment["cpu"], number_in(environment["cores"])
     name = str(cpu)[:100] if cpu else "unknown processor"
     return f"{name}, {cores:.0f} cores" if cores else name

@@ -46,26 +46,26 @@ def row(record: Mapping[str, Any]) -> dict[str, Any]:
         "status": record["status"],
         "reason": record["reason"],
         "kind": record["kind"],
-        "world_size": _number(record["layout"]["world_size"]),
+        "world_size": number_in(record["layout"]["world_size"]),
         "layout": short_layout(record["layout"]),
-        "loss": _number(last.get("loss")),
-        "grad_norm": _number(last.get("grad_norm")),
-        "step_seconds": {key: _number(throughput["step_seconds"][key]) for key in ("median", "p10", "p90")},
-        "tokens_per_s": _number(throughput["tokens_per_s"]),
-        "cpu_seconds_per_step": _number(throughput["cpu_seconds_per_step"]),
-        **{key: _number(record["flops"][key]) for key in ("mfu", "mfu_causal", "hfu")},
-        "peak_bytes": _number(record["memory"]["max_peak_bytes"]),
-        "max_rel_grad_diff": _number(parity["max_rel_grad_diff"]),
-        "max_abs_loss_diff": _number(parity["max_abs_loss_diff"]),
+        "loss": number_in(last.get("loss")),
+        "grad_norm": number_in(last.get("grad_norm")),
+        "step_seconds": {key: number_in(throughput["step_seconds"][key]) for key in ("median", "p10", "p90")},
+        "tokens_per_s": number_in(throughput["tokens_per_s"]),
+        "cpu_seconds_per_step": number_in(throughput["cpu_seconds_per_step"]),
+        **{key: number_in(record["flops"][key]) for key in ("mfu", "mfu_causal", "hfu")},
+        "peak_bytes": number_in(record["memory"]["max_peak_bytes"]),
+        "max_rel_grad_diff": number_in(parity["max_rel_grad_diff"]),
+        "max_abs_loss_diff": number_in(parity["max_abs_loss_diff"]),
         "passed": parity["passed"] if isinstance(parity["passed"], bool) else None,
     }
 
 
 def short_layout(layout: Mapping[str, Any]) -> str | None:
     """As "pp2·fsdp2·tp2": the mesh dimensions of more than one rank."""
-    if not _number(layout.get("world_size")):
+    if not number_in(layout.get("world_size")):
         return None
-    sizes = {short: _number(layout.get(key)) for key, short in SHORT.items()}
+    sizes = {short: number_in(layout.get(key)) for key, short in SHORT.items()}
     return "·".join(f"{short}{size:.0f}" for short, size in sizes.items() if size and size > 1) or "1 rank"
 
 
@@ -138,7 +138,8 @@ def three_digits(value: float) -> str:
     return f"{value:.{decimals}f}"
 
 
-def _number(value: Any) -> float | None:
+def number_in(value: Any) -> float | None:
+    """`value` where it is a number that can be shown; records may come from anywhere."""
     return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 else None
 
 

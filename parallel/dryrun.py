@@ -32,9 +32,17 @@ from parallel.measure.flops import flops_section
 from parallel.measure.hardware import Peak
 from parallel.measure.memory import memory_section
 from parallel.measure.record import new_record
-from parallel.mesh import build_mesh
+from parallel.mesh import build_mesh, part_of
 from parallel.recipe import Recipe, RecipeError, recipe_from_tables
-from parallel.step import Measures, largest_traffic, make_optimizer, measured_step, pipeline_section, train_step
+from parallel.step import (
+    MEASURED_STEP,
+    Measures,
+    largest_traffic,
+    make_optimizer,
+    measured_step,
+    pipeline_section,
+    train_step,
+)
 from parallel.strategies.pipeline import stages_of_rank
 
 CPU = torch.device("cpu")  # fake CUDA tensors need a CUDA build
@@ -62,7 +70,7 @@ def dry_run(recipe: Recipe, *, ranks: Sequence[int], say: Callable[[str], None] 
     complete = kinds.keys() <= measured.keys()
     per_rank = [{"rank": rank, **measures.memory} for rank, measures in measured.items()]
     note = MEMORY_NOTE + (EAGER_NOTE if recipe.train.compile != "none" else "")
-    memory = memory_section(per_rank, step=2, note=note)
+    memory = memory_section(per_rank, step=MEASURED_STEP + 1, note=note)
     if not complete:
         memory |= {"max_peak_bytes": None, "min_peak_bytes": None}
     flops = flops_section(
@@ -85,15 +93,15 @@ def _measure_each(recipe: Recipe, ranks: Sequence[int], say: Callable[[str], Non
         yield ranks[0], dry_run_rank(recipe, rank=ranks[0])
         return
     workers = min(len(ranks), os.cpu_count() or 1)
-    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    try:
         futures = [pool.submit(dry_run_rank, recipe, rank=rank) for rank in ranks]
-        try:
-            for n_done, (rank, future) in enumerate(zip(ranks, futures, strict=True), start=1):
-                measures = future.result()
-                say(f"rank {rank}  ({n_done}/{len(ranks)})")
-                yield rank, measures
-        finally:  # whoever has seen enough does not wait for the rest
-            pool.shutdown(wait=False, cancel_futures=True)
+        for n_done, (rank, future) in enumerate(zip(ranks, futures, strict=True), start=1):
+            measures = future.result()
+            say(f"rank {rank}  ({n_done}/{len(ranks)})")
+            yield rank, measures
+    finally:  # for whoever has seen enough, no further rank is begun
+        pool.shutdown(cancel_futures=True)
 
 
 # ---- one rank ------------------------------------------------------------------------------------------------------
@@ -146,14 +154,8 @@ class _Chunks:
         self.tensor, self.n_chunks, self.dim = tensor, n_chunks, dim
 
     def __getitem__(self, i: int) -> Tensor:
-        part = _part(self.tensor.shape[self.dim], self.n_chunks, i)
+        part = part_of(self.tensor.shape[self.dim], self.n_chunks, i)
         return self.tensor.narrow(self.dim, part.start, len(part)) if part else self.tensor.new_empty(0)
-
-
-def _part(n: int, n_parts: int, i: int) -> range:
-    """The i-th part of `n` rows as torch.chunk cuts them: all of one size, but the last ones smaller or empty."""
-    size = -(-n // n_parts)
-    return range(min(i * size, n), min((i + 1) * size, n))
 
 
 def _lazy_chunks() -> contextlib.AbstractContextManager[Any]:
@@ -278,8 +280,8 @@ def distinct_ranks(recipe: Recipe) -> dict[int, int]:
         )
         has_vocabulary = 0 in stages or recipe.n_stages - 1 in stages
         for shard, cp, tp in itertools.product(range(parallel.dp_shard), range(parallel.cp), range(parallel.tp)):
-            vocabulary = {len(_part(model.vocab_size, parallel.tp, tp))} if has_vocabulary else set()
-            parts = [_part(n, n_shards, shard * parallel.cp + cp) for n in sorted(rows | vocabulary)]
+            vocabulary = {len(part_of(model.vocab_size, parallel.tp, tp))} if has_vocabulary else set()
+            parts = [part_of(n, n_shards, shard * parallel.cp + cp) for n in sorted(rows | vocabulary)]
             shapes = tuple(map(len, parts)) if parallel.dp_shard > 1 else ()
             place = (cp > 0) + (cp == parallel.cp - 1 > 0) if recipe.context.method != "ulysses" else 0
             rank = ((pp * parallel.dp_replicate * parallel.dp_shard + shard) * parallel.cp + cp) * parallel.tp + tp

@@ -48,10 +48,15 @@ def slice_like(whole: Tensor, parameter: Tensor) -> Tensor:
         for mesh_dim in reversed(range(mesh.ndim)):
             dim = split_dim(parameter, mesh_dim)
             if dim is not None:
-                parts = whole.chunk(mesh.size(mesh_dim), dim=dim)
-                i = mesh.get_local_rank(mesh_dim)  # fewer rows than ranks leave the last ranks without any
-                whole = parts[i] if i < len(parts) else whole.narrow(dim, 0, 0)
+                rows = part_of(whole.shape[dim], mesh.size(mesh_dim), mesh.get_local_rank(mesh_dim))
+                whole = whole.narrow(dim, rows.start, len(rows))
     return whole
+
+
+def part_of(n: int, n_parts: int, i: int) -> range:
+    """The i-th part of `n` rows as torch.chunk cuts them: all of one size, but the last ones smaller or empty."""
+    size = -(-n // n_parts)
+    return range(min(i * size, n), min((i + 1) * size, n))
 
 
 def split_dim(parameter: DTensor, mesh_dim: int) -> int | None:

@@ -15,6 +15,8 @@ from parallel.measure.memory import UNTRACKED, MemoryTracker, allocator_peaks, r
 from parallel.measure.timeline import Action, ideal_bubble
 from parallel.measure.traffic import TrafficLog
 
+MEASURED_STEP = 1  # the second: the optimizer has its state by then, and no time is taken of a warm-up step
+
 
 class Measures(NamedTuple):
     """Of one step of one rank."""

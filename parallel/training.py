@@ -28,6 +28,7 @@ from parallel.mesh import build_mesh
 from parallel.process import choose_device, process_group
 from parallel.recipe import Recipe, RecipeError
 from parallel.step import (
+    MEASURED_STEP,
     Measures,
     largest_traffic,
     make_optimizer,
@@ -36,8 +37,6 @@ from parallel.step import (
     pipeline_section,
     train_step,
 )
-
-MEASURED_STEP = 1  # the second: the optimizer has its state by then, and no time is taken of a warm-up step
 
 
 def train(

@@ -76,7 +76,7 @@ function speedChart(runs) {
  */
 function stackedRows(runs, linesOf, { size, format, columns }) {
   const inWords = (stack) => (stack ? (stack.atLeast ? "≥ " : "") + format(stack.total / size) : "–");
-  const rows = runs.map((run) => ({
+  return runs.map((run) => ({
     run,
     lines: linesOf(run).map(({ measured, predicted, tag }) => ({
       tag,
@@ -87,7 +87,6 @@ function stackedRows(runs, linesOf, { size, format, columns }) {
       ]),
     })),
   }));
-  return rows;
 }
 
 function stackedBar({ segments, total }, x, y, height, size, format, what = "") {
@@ -114,6 +113,12 @@ function predictedColumns(unit, anyMeasured, anyPredicted) {
   return anyMeasured ? ["measured", "predicted"] : ["predicted"];
 }
 
+/** Two functions of a run: `what` (memory, traffic) as measured and as predicted; a dry run is all prediction. */
+function measuredAndPredicted(what) {
+  const isDryRun = ({ kind }) => kind === "dry-run";
+  return [(run) => (isDryRun(run) ? null : run[what]), (run) => (isDryRun(run) ? run[what] : run.predicted?.[what] ?? null)];
+}
+
 /** How well predictions hold. pairs: [[measured numbers], [predicted numbers]] of each run that has both. */
 function agreement(pairs) {
   if (!pairs.length) return "";
@@ -134,8 +139,7 @@ function memoryChart(runs) {
     total: rank.peak_bytes,
   };
   // A dry run of one rank knows neither the largest nor the smallest.
-  const measuredOf = (run) => (run.kind === "dry-run" ? null : run.memory);
-  const predictedOf = (run) => (run.kind === "dry-run" ? run.memory : run.predicted?.memory ?? null);
+  const [measuredOf, predictedOf] = measuredAndPredicted("memory");
   const linesOf = (run) => {
     const [measured, predicted] = [measuredOf(run), predictedOf(run)];
     const ends = run.world_size === 1 ? ["largest"] : ["largest", "smallest"];
@@ -190,8 +194,7 @@ function memoryChart(runs) {
 }
 
 function trafficChart(runs) {
-  const measuredOf = (run) => (run.kind === "dry-run" ? null : run.traffic);
-  const predictedOf = (run) => (run.kind === "dry-run" ? run.traffic : run.predicted?.traffic ?? null);
+  const [measuredOf, predictedOf] = measuredAndPredicted("traffic");
   const all = runs.flatMap((run) => [measuredOf(run), predictedOf(run)].filter(Boolean));
   const present = unique(all.flat().map(({ mesh_dim }) => mesh_dim));
   const dims = unique([...MESH_DIMS, ...present]).filter((name) => present.includes(name));

@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from parallel.collectives import all_gather, all_reduce, reduce_scatter
-from parallel.mesh import local_part
+from parallel.mesh import local_part, part_of
 from parallel.transformer import Block, Embedding, Linear, RMSNorm, Transformer, cross_entropy
 
 SEQUENCE = 1  # the dim of x (B, T, D) that sequence parallelism splits
@@ -98,9 +98,7 @@ def rows_of_rank(n_rows: int, mesh: DeviceMesh) -> range:
 
     All ranks hold equally many, but the last, which holds what is left.
     """
-    size = -(-n_rows // mesh.size(mesh.ndim - 1))
-    start = size * mesh.get_local_rank(mesh.ndim - 1)
-    return range(start, min(start + size, n_rows))
+    return part_of(n_rows, mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1))
 
 
 def _split_linear(linear: Linear, mesh: DeviceMesh, placement: Placement) -> None:
