@@ -103,8 +103,7 @@ def assemble(
             apply_context(stage, mesh=mesh["cp"], method=recipe.context.method)
         apply_recompute(stage, recipe.recompute)
         if train.compile != "none":
-            for block in stage.blocks.values():
-                block.compile(backend=train.compile)
+            _compile_blocks(stage, backend=train.compile)
         if sharded:
             hybrid = parallel.dp_replicate > 1
             apply_sharding(
@@ -127,6 +126,15 @@ def assemble(
         )
     forward_backward, pipeline = _forward_backward(recipe, stages, mesh, device, buckets)
     return Assembled(recipe, stages, mesh, forward_backward, buckets, pipeline)
+
+
+def _compile_blocks(stage: Transformer, *, backend: str) -> None:
+    import torch._dynamo.config as dynamo_config  # a second, and of use here alone
+
+    # A short cut of torch 2.11's guards that reads freed memory; later ones have it off. pytorch/pytorch#181873
+    dynamo_config.use_recursive_dict_tags_for_guards = False
+    for block in stage.blocks.values():
+        block.compile(backend=backend)
 
 
 @torch.no_grad()
