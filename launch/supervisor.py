@@ -31,6 +31,7 @@ TERMINATE_SECONDS = 3.0  # between SIGTERM and SIGKILL
 STACK_SECONDS = 3.0  # for the answer to "where are you?"
 POLL_SECONDS = 0.05
 TAIL_LINES = 6
+FATAL = "Fatal Python error: "  # then come the stacks of a rank that a signal such as SIGSEGV has ended
 MAX_LOCAL_RANKS = 128  # some 200 MB and a second of CPU time each before the first step
 PACKAGE_PARENT = re.compile(r"/(?:[^/\s\"']+/)*?(?=(?:site-packages|dist-packages|parallel|launch)/)")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -62,18 +63,25 @@ class Rank:
             return f"rank {self.rank} ended with exit code {code}"
         name = next((number.name for number in signal.Signals if number == -code), f"signal {-code}")
         hint = ", as the kernel does when memory runs out" if -code == signal.SIGKILL else ""
-        return f"rank {self.rank} was killed by {name}{hint}"
+        _, stacks = self._last_words()
+        return f"rank {self.rank} was killed by {name}{hint}" + (f" {place(stacks)}" if stacks else "")
 
     def tail(self) -> str:
-        """The last lines of the log."""
+        """The last lines of the log, but for the stacks of a fatal error."""
+        said, _ = self._last_words()
+        lines = [line for line in said.splitlines() if line.strip(" ^~")]  # a traceback underlines with those
+        if not lines:
+            return f"logs/{self.log.name} is empty"
+        last = (PACKAGE_PARENT.sub("", line)[:200] for line in lines[-TAIL_LINES:])
+        return "\n".join([f"logs/{self.log.name} ends with:", *last])
+
+    def _last_words(self) -> tuple[str, str]:
+        """What the log ends with: what the rank said, and the stacks of a fatal error if it had one."""
         with contextlib.suppress(OSError), open(self.log, "rb") as file:
-            file.seek(max(0, self.log.stat().st_size - 8192))
-            text = file.read().decode(errors="replace")
-            lines = [line for line in text.splitlines() if line.strip(" ^~")]  # a traceback underlines with those
-            if lines:
-                last = (PACKAGE_PARENT.sub("", line)[:200] for line in lines[-TAIL_LINES:])
-                return "\n".join([f"logs/{self.log.name} ends with:", *last])
-        return f"logs/{self.log.name} is empty"
+            file.seek(max(0, self.log.stat().st_size - 65536))
+            said, _, stacks = file.read().decode(errors="replace").partition(FATAL)
+            return said, stacks
+        return "", ""
 
 
 def refuse_too_many(recipe: Recipe) -> None:

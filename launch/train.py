@@ -31,6 +31,7 @@ PEER_SECONDS = 2.0
 
 
 def main(argv: list[str]) -> int:
+    faulthandler.enable()  # where native code crashes, it says from which line
     # The launcher asks a rank that hangs where it is, even inside a collective, which no Python handler could answer.
     faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
     rank = 0

@@ -245,7 +245,7 @@ def test_the_rank_that_raised_first_is_the_reason_and_its_peers_are_not(lab: Lab
     ("name", "status", "exit_code", "reason"),
     [
         ("leaves-rank-2", "failed", 1, "rank 2 ended with exit code 7\n"),
-        ("dies-late", "failed", 1, "rank 2 was killed by SIGABRT\n"),
+        ("dies-late", "failed", 1, "rank 2 was killed by SIGABRT in train ("),
         ("oom", "oom", 1, "no room for 3 GiB"),
         ("refused", "refused", 2, "train.device = 'cuda': needs 3 GPUs"),
     ],
@@ -817,7 +817,17 @@ def test_torchrun_trains_the_same(tmp_path: Path) -> None:
     assert read_record(tmp_path / "runs" / "by-hand" / "record.json")["status"] == "ok"
 
 
-def test_a_rank_that_is_killed_amid_training_ends_the_run_with_the_steps_that_were_done(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "end"),
+    [
+        (signal.SIGKILL, "rank 1 was killed by SIGKILL, as the kernel does when memory runs out\n"),
+        (signal.SIGSEGV, r"rank 1 was killed by SIGSEGV in \w+ \((parallel|launch)/\S+\.py:\d+\)\n"),
+    ],
+    ids=["killed", "crashed"],
+)
+def test_a_rank_that_dies_amid_training_ends_the_run_with_the_steps_that_were_done(
+    tmp_path: Path, number: signal.Signals, end: str
+) -> None:
     recipe = str(RECIPES / "strategies" / "fsdp.toml")
     process = real_lab(
         tmp_path, "launch.cli", "run", recipe, "--set", "train.steps=100000", "--set", "train.parity=false"
@@ -827,10 +837,10 @@ def test_a_rank_that_is_killed_amid_training_ends_the_run_with_the_steps_that_we
     while not (folder / "steps.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     ranks = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    os.kill(ranks[1], signal.SIGKILL)
+    os.kill(ranks[1], number)
     _, err = process.communicate(timeout=180)
     record = read_record(folder / "record.json")
     assert process.returncode == 1 and record["status"] == "failed" and len(record["steps"]) >= 1
-    assert record["reason"].startswith("rank 1 was killed by SIGKILL")
-    assert "lab: fsdp: failed: rank 1 was killed by SIGKILL" in err
+    assert re.match(end, record["reason"]), record["reason"]
+    assert f"lab: fsdp: failed: rank 1 was killed by {number.name}" in err
     assert len(ranks) == 2 and not any(map(is_running, ranks))
