@@ -33,6 +33,7 @@ def _serve(rank: int, calls: Connection, log: str) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    faulthandler.enable()
     import torch.distributed as dist
     from torch.distributed.tensor import debug
 
@@ -100,10 +101,17 @@ class Ranks:
                 try:
                     answers[rank] = calls.recv()
                 except (EOFError, ConnectionResetError):
-                    answers[rank] = ("raised", f"the process died\n{self._log_tail(rank)}")
-                if answers[rank][0] == "raised":  # its peers may wait for it for ever: give them 2 s to say why too
+                    process = self.workers[rank][0]
+                    process.join(10)
+                    answers[rank] = ("died", f"ended with {process.exitcode}\n{self._log_tail(rank)}")
+                if answers[rank][0] != "returned":  # its peers may wait for it for ever: give them 2 s to say why too
                     deadline = min(deadline, time.monotonic() + 2)
-        failures = [f"rank {rank}: {what}" for rank, (kind, what) in sorted(answers.items()) if kind == "raised"]
+        failures = [  # first those that died: the others have lost them
+            f"rank {rank}: {what}"
+            for of_kind in ("died", "raised")
+            for rank, (kind, what) in sorted(answers.items())
+            if kind == of_kind
+        ]
         if waiting and not failures:
             failures = [f"rank {rank} hangs:\n{self._log_tail(rank)}" for rank in waiting.values()]
         if failures:
