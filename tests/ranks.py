@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -22,10 +23,13 @@ from typing import Any
 
 import torch
 
-# After so many calls ranks start afresh, in 2 s. torch 2.11 never lets go of DTensor's strategies and what they hold: a
-# call leaves up to 15 threads of gloo behind. And once in three runs of all tests, a rank of torch 2.13 that had served
-# a thousand calls, and ended thousands of groups, died of a corrupted heap amid a collective.
+# After so many calls ranks start afresh, in 2 s: torch 2.11 never lets go of DTensor's strategies and what they hold,
+# and a call leaves up to 15 threads of gloo behind.
 MOST_CALLS = 100
+
+
+class RankDied(AssertionError):
+    """Native code has ended a rank."""
 
 
 def _serve(rank: int, calls: Connection, log: str) -> None:
@@ -79,9 +83,25 @@ class Ranks:
         self.workers: list[tuple[Any, Connection, str]] = []
         self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self.n_calls = 0
+        self.may_die = True
 
     def __call__(
         self, world_size: int, function: Callable[..., Any], *arguments: Any, timeout_seconds: float = 240
+    ) -> list[Any]:
+        try:
+            return self._call(world_size, function, arguments, timeout_seconds)
+        except RankDied as error:
+            # In two of some ten runs of all tests one rank of thousands died amid a step, once of a corrupted heap.
+            # Valgrind and loops of such steps show no cause. One death is forgiven, and told at the end; a defect of
+            # ours would kill again.
+            if not self.may_die:
+                raise
+            self.may_die = False
+            warnings.warn(f"tried again, for a rank had died: {error}", stacklevel=2)
+            return self._call(world_size, function, arguments, timeout_seconds)
+
+    def _call(
+        self, world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...], timeout_seconds: float
     ) -> list[Any]:
         if self.n_calls % MOST_CALLS == MOST_CALLS - 1:
             self.close()
@@ -116,7 +136,8 @@ class Ranks:
             failures = [f"rank {rank} hangs:\n{self._log_tail(rank)}" for rank in waiting.values()]
         if failures:
             self.close()
-            raise AssertionError("\n".join(failures))
+            died = any(kind == "died" for kind, _ in answers.values())
+            raise (RankDied if died else AssertionError)("\n".join(failures))
         return [answers[rank][1] for rank in range(world_size)]
 
     def _grow(self, world_size: int) -> None:
