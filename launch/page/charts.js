@@ -311,18 +311,18 @@ function parityChart(runs) {
 }
 
 function lossChart(runs) {
-  const curves = runs.map((run, i) => ({ run, series: i, ...unfolded(run.steps) })).filter(({ step }) => step.length > 1);
+  const curves = runs.map((run, i) => ({ run, series: i, dash: DASHES[Math.floor(i / 6 + i) % 6], ...unfolded(run.steps) })).filter(({ step }) => step.length > 1);
   const steps = unique(curves.flatMap(({ step }) => step)).sort((a, b) => a - b);
   const tableSteps = steps.filter((_, i) => i % Math.ceil(steps.length / 100) === 0 || i === steps.length - 1);
   const lookup = curves.map(({ step, loss }) => new Map(step.map((number, i) => [number, loss[i]])));
-  const mark = (series) => () => shape("path", { d: "M0 6H22", class: `curve s${series % 6}`, "stroke-dasharray": DASHES[Math.floor(series / 6 + series) % 6] });
+  const mark = (series, dash) => () => shape("path", { d: "M0 6H22", class: `curve s${series % 6}`, "stroke-dasharray": dash });
   return figure({
     id: "loss",
     title: "Loss",
     about: `Training loss of each step. ${sameCurves(curves, lookup)}`,
-    key: curves.map(({ run, series }) => [mark(series), run.name]),
+    key: curves.map(({ run, series, dash }) => [mark(series, dash), run.name]),
     draw: curves.length > 0 && ((width) => lineChart(width, {
-      curves: curves.map(({ step, loss, series, run }) => ({ x: step, y: loss, series, dash: DASHES[Math.floor(series / 6 + series) % 6], title: run.name })),
+      curves: curves.map(({ step, loss, series, dash, run }) => ({ x: step, y: loss, series, dash, title: run.name })),
       xUnit: "step", yUnit: "loss, nats per token",
     })),
     table: { head: ["step", ...curves.map(({ run }) => run.name)], rows: tableSteps.map((step) => [step, ...lookup.map((losses) => losses.get(step) ?? null)]) },
