@@ -108,6 +108,12 @@ dp_shard = 3
 """
 
 
+def _heed_signals() -> None:
+    """Tests under nohup or in the background of a script ignore some, and so would the launcher that they start."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Lab:
     """Runs `lab` in a folder of its own, with the stand-in."""
 
@@ -126,6 +132,7 @@ class Lab:
             cwd=self.folder,
             env=self.environment,
             text=True,
+            preexec_fn=_heed_signals,
             **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | settings,
         )
 
