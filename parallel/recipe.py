@@ -133,7 +133,7 @@ class Data:
 class Train:
     """[train]: what is computed, the same under every layout."""
 
-    steps: int = option(20, "optimizer steps", minimum=1, maximum=10**9)
+    steps: int = option(15, "optimizer steps", minimum=1, maximum=10**9)
     seq_len: int = option(256, "tokens in a sequence", minimum=1, maximum=2**27)
     global_batch: int = option(8, "sequences in an optimizer step, over all ranks", minimum=1, maximum=2**27)
     micro_batch: int = option(
