@@ -504,6 +504,21 @@ def any_value(source: random.Random, depth: int = 0) -> Any:
     return nested
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value", "named"),
+    [
+        ("train", "steps", 0, "train.steps = 0"),  # a value of its own
+        ("train", "dtype", "float16", "train.dtype = 'float16'"),
+        ("parallel", "tp", 3, "parallel.tp = 3"),  # what goes with what
+        ("context", "method", "spiral", "context.method = 'spiral'"),
+    ],
+)
+def test_a_recipe_that_exists_can_be_run_however_it_was_made(section: str, key: str, value: Any, named: str) -> None:
+    recipe = recipe_from_tables({})
+    with pytest.raises(RecipeError, match=re.escape(named)):
+        dataclasses.replace(recipe, **{section: dataclasses.replace(getattr(recipe, section), **{key: value})})
+
+
 def any_key(source: random.Random) -> str:
     keys = ["name", "step", "tp ", "\n", "", "\x00", "ключ", "x" * 5000, *SECTIONS]
     return source.choice(keys + [field.name for cls in SECTIONS.values() for field in dataclasses.fields(cls)])
@@ -642,8 +657,8 @@ def test_the_ladder_of_one_accelerator_is_one_model_on_the_same_tokens() -> None
         assert dataclasses.replace(recipe.train, **free) == eager.train
         assert recipe.world_size == 1 and recipe.train.steps > 3
         assert dataclasses.replace(
-            recipe, name="", train=eager.train, recompute=eager.recompute
-        ) == dataclasses.replace(eager, name="")
+            recipe, name="any", train=eager.train, recompute=eager.recompute
+        ) == dataclasses.replace(eager, name="any")
     assert {recipe.train.attention for recipe in recipes.values()} == {"auto", "flash", "cudnn", "math"}
     assert {recipe.recompute.mode for recipe in recipes.values()} == {"none", "selective", "every(2)", "sqrt", "full"}
 
@@ -675,7 +690,8 @@ def section_table(section: str) -> str:
         if rule["minimum"] is not None:
             upper = "and more" if rule["maximum"] == 2**40 else f"to {rule['maximum']}"
             values = f"{rule['minimum']} {upper}"
-        kind = names.get(types[field.name], "list of strings")
+        one_of = typing.get_origin(types[field.name]) is typing.Literal
+        kind = "string" if one_of else names.get(types[field.name], "list of strings")
         lines.append(f"| `{field.name}` | {kind} | {default} | {values} | {rule['help']} |")
     return "\n".join(lines)
 

@@ -45,10 +45,9 @@ def model_flops_per_token(model: Model, *, seq_len: int) -> ModelFlops:
     products of n_heads x head_dim = d_model numbers for each pair of tokens; grouping key heads does not change that.
     PaLM, arXiv:2204.02311, appendix B.
     """
-    d, kv_width = model.d_model, model.n_kv_heads * model.head_dim
-    block = d * (2 * d + 2 * kv_width) + 3 * d * model.d_ff  # q and out, k and v; gate, up and down
-    weights = model.n_layers * block + model.vocab_size * d  # tied or not, the output projection is a product
-    pairs = model.n_layers * d * seq_len
+    # Tied or not, the output projection is a product.
+    weights = model.n_layers * model.block_matrices + model.vocab_size * model.d_model
+    pairs = model.n_layers * model.d_model * seq_len
     return ModelFlops(full=6 * weights + 12 * pairs, causal=6 * weights + 6 * pairs)
 
 

@@ -37,13 +37,14 @@ def parity_recipe(recipe: Recipe) -> tuple[Recipe, str]:
     layout, its heads and its microbatches, and shrinks in width, depth, sequence and vocabulary.
     """
     # CUDA has no other kernel for float64 than math, and inductor of torch 2.11 gives that of the CPU a float32 tensor.
-    attention = "math" if recipe.train.compile == "inductor" else "auto"
-    train = dataclasses.replace(recipe.train, dtype="float64", attention=attention)
-    proof = dataclasses.replace(recipe, train=train)
+    # Ring and all-gather bring their own.
     model, parallel = recipe.model, recipe.parallel
-    per_layer = model.d_model * (4 * model.d_model + 3 * model.d_ff)  # as if all heads had keys and values
-    parameters = model.n_layers * per_layer + model.vocab_size * model.d_model
-    if 6 * parameters * train.global_batch * train.seq_len <= MAX_REFERENCE_FLOPS:
+    in_pieces = parallel.cp > 1 and recipe.context.zigzag
+    plain = recipe.train.compile == "inductor" and not in_pieces
+    train = dataclasses.replace(recipe.train, dtype="float64", attention="math" if plain else "auto")
+    proof = dataclasses.replace(recipe, train=train)
+    matrices = model.n_layers * model.block_matrices + model.vocab_size * model.d_model
+    if 6 * matrices * train.global_batch * train.seq_len <= MAX_REFERENCE_FLOPS:
         return proof, "one process, same model and batch"
     layers = min(model.n_layers, recipe.n_stages + (model.n_layers % recipe.n_stages > 0))
     positions = 2 * parallel.cp * parallel.tp

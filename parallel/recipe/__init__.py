@@ -1,0 +1,40 @@
+"""What a run is: typed, validated, read from TOML.
+
+sections  the tables and their keys          rules  what goes with what: a Recipe          reading  TOML, --set, presets
+"""
+
+from parallel.recipe.reading import apply_overrides, load_recipe, read_toml, recipe_from_tables
+from parallel.recipe.rules import Recipe, check_name
+from parallel.recipe.sections import (
+    MESH_DIMS,
+    PRESETS,
+    SCHEDULES,
+    SECTIONS,
+    SINGLE_STAGE_SCHEDULES,
+    SPLIT_BACKWARD_SCHEDULES,
+    V_SCHEDULES,
+    Data,
+    Model,
+    RecipeError,
+    Recompute,
+)
+
+__all__ = [
+    "MESH_DIMS",
+    "PRESETS",
+    "SCHEDULES",
+    "SECTIONS",
+    "SINGLE_STAGE_SCHEDULES",
+    "SPLIT_BACKWARD_SCHEDULES",
+    "V_SCHEDULES",
+    "Data",
+    "Model",
+    "Recipe",
+    "RecipeError",
+    "Recompute",
+    "apply_overrides",
+    "check_name",
+    "load_recipe",
+    "read_toml",
+    "recipe_from_tables",
+]
