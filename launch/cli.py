@@ -156,7 +156,7 @@ def check_files(arguments: argparse.Namespace) -> int:
 
 
 def _fullest_rank(recipe: Recipe, memory_bytes: int, given: str) -> dict[str, int]:
-    from parallel.dryrun import refuse_too_large  # other commands live without torch
+    from parallel.fit import refuse_too_large  # other commands live without torch
 
     def say(line: str) -> None:
         print(f"  {recipe.name}: dry run of {line}", file=sys.stderr, flush=True)
@@ -196,7 +196,8 @@ def dry_run_recipe(arguments: argparse.Namespace) -> int:
         refuse_other_folder(path.parent, RUN_FILES)
         if path.exists() and read_record(path)["kind"] != "dry-run":
             raise RecipeError("--out", str(arguments.out), f"{path} is of a measured run; give another folder")
-    from parallel.dryrun import distinct_ranks, dry_run, scaled  # other commands live without torch
+    from parallel.dryrun import dry_run  # other commands live without torch
+    from parallel.kinds import distinct_ranks, scaled
 
     if arguments.world_size is not None:
         recipe = scaled(recipe, arguments.world_size)

@@ -170,7 +170,8 @@ def run_comparison(
 
 def predict(comparison: Comparison, *, out: Path, say: Callable[[str], None]) -> None:
     """Dry-runs every variant, to out/<name>/predicted/<variant>/: the page shows it beside what was measured."""
-    from parallel.dryrun import distinct_ranks, dry_run  # a comparison alone lives without torch
+    from parallel.dryrun import dry_run  # a comparison alone lives without torch
+    from parallel.kinds import distinct_ranks
 
     folder = out / comparison.name / PREDICTED
     done = _done(comparison, folder)  # kept by --resume
@@ -190,7 +191,9 @@ def _done(comparison: Comparison, folder: Path) -> dict[str, dict[str, Any]]:
         path = folder / variant.name / "record.json"
         if variant.recipe is not None and path.exists():
             record = read_record(path)
-            same_code = all(record["environment"][key] == here[key] for key in ("parallel_lab", "git_commit", "torch"))
+            same_code = all(
+                record["environment"][key] == getattr(here, key) for key in ("parallel_lab", "git_commit", "torch")
+            )
             same_recipe = record["recipe"] == variant.recipe.resolved()
             if record["status"] in ("ok", "oom") and same_recipe and same_code:
                 done[variant.name] = record

@@ -1,40 +1,46 @@
 """The one place, and the one order, in which a model is split.
 
-    pipeline -> tensor -> context -> recompute -> compile -> FSDP -> weights -> gradient buckets
+    pipeline -> tensor -> context -> recompute -> compile -> FSDP -> weights -> gradient buckets; loss, microbatches
 
 Nothing here assumes a real device or a real process group.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch._functorch.config as functorch_config
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import record_function
 
+from parallel.actions import Action
 from parallel.gradients import clip_gradients, gradient_norm
-from parallel.mesh import group_of, local_part, slice_like
-from parallel.recipe import Recipe
+from parallel.mesh import group_of
+from parallel.recipe import AttentionKernel, Dtype, Recipe
+from parallel.strategies.accumulation import Accumulation
 from parallel.strategies.context import apply_context, local_positions
 from parallel.strategies.data import GradientBuckets
-from parallel.strategies.pipeline import PipelineStep, split_pipeline, sum_tied_gradients, tied_copies, weight_name
+from parallel.strategies.pipeline import PipelineStep, split_pipeline, sum_tied_gradients, tied_copies
 from parallel.strategies.recompute import apply_recompute
 from parallel.strategies.sharding import apply_sharding, before_microbatch
-from parallel.strategies.tensor import apply_tensor, rows_of_rank, tensor_parallel_loss
-from parallel.transformer import Transformer, cross_entropy, initial_weight
+from parallel.strategies.tensor import apply_tensor, residual_tokens, rows_of_rank, tensor_parallel_loss
+from parallel.torch_private import no_cached_graphs, safe_guards
+from parallel.transformer import Transformer, cross_entropy, weight_name
+from parallel.weights import load_initial_weights
 
-ATTENTION_KERNELS = {
+ATTENTION_KERNELS: dict[AttentionKernel, SDPBackend] = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES: dict[Dtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
 
 
 @dataclass
@@ -44,17 +50,39 @@ class Assembled:
     recipe: Recipe
     stages: list[Transformer]  # one; with a pipeline, this rank's stages
     mesh: DeviceMesh
-    forward_backward: Callable[[Tensor, Tensor], Tensor]
+    positions: Tensor | None  # of each sequence, those that this rank takes; None: all
+    microbatches: Callable[[Tensor, Tensor], Tensor]  # Accumulation or PipelineStep
     buckets: GradientBuckets | None
-    pipeline: PipelineStep | None
+
+    def forward_backward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Leaves the gradient of the mean loss of the global batch in each .grad; that loss, on every rank.
+
+        tokens, targets: what this rank's replica trains on in one step, int64 (replica_batch, seq_len).
+        """
+        if self.positions is not None:
+            tokens, targets = tokens[:, self.positions], targets[:, self.positions]
+        with attention_kernel(self.recipe.train.attention):
+            loss = self.microbatches(tokens, targets)
+        if self.buckets is not None:
+            self.buckets.finish()
+        if self.recipe.parallel.pp > 1:
+            sum_tied_gradients(self.stages, recipe=self.recipe, mesh=self.mesh["pp"])
+        if self.mesh["data"].size() > 1:
+            dist.all_reduce(loss, group=group_of(self.mesh, "data"))
+        return loss / self.mesh["data"].size()
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """This rank's parameters under their names in the whole model. Copies in two stages bear the same name."""
         return [
-            (weight_name(name, recipe=self.recipe), parameter)
+            (weight_name(name, self.recipe.model), parameter)
             for stage in self.stages
             for name, parameter in stage.named_parameters()
         ]
+
+    def gradient(self, name: str) -> list[Tensor]:
+        """This rank's gradients of the parameter of that name: none, one, or that of each of two copies."""
+        mine = (parameter.grad for theirs, parameter in self.named_parameters() if theirs == name)
+        return [gradient for gradient in mine if gradient is not None]
 
     def zero_gradients(self) -> None:
         if self.buckets is not None:
@@ -77,15 +105,12 @@ def assemble(
     *,
     mesh: DeviceMesh,
     device: torch.device,
-    load: Callable[[Transformer, Recipe, torch.device], None] | None = None,
+    load: Callable[[Transformer, Recipe, torch.device], None] = load_initial_weights,
+    around: Callable[[Action], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> Assembled:
     """Splits the recipe's model over `mesh` (see build_mesh) and gives this rank its part, with initial weights.
 
-    `forward_backward(tokens, targets)` takes what this rank's replica trains on in one step, int64 (replica_batch,
-    seq_len) on `device`; it leaves the gradient of the mean loss of the global batch in each parameter's .grad, and
-    returns that loss, on every rank.
-
-    load: moves a stage from meta to the device, in place of load_initial_weights.
+    load: moves a stage from meta to the device. around: each action of a pipeline happens within what it returns.
     """
     parallel, train = recipe.parallel, recipe.train
     compute_dtype = DTYPES[train.dtype]
@@ -113,7 +138,7 @@ def assemble(
                 reshard_after_forward=recipe.sharding.reshard_after_forward,
                 prefetch=recipe.sharding.prefetch,
             )
-        (load or load_initial_weights)(stage, recipe, device)
+        load(stage, recipe, device)
 
     buckets = None
     if not sharded and mesh["data"].size() > 1:
@@ -124,61 +149,18 @@ def assemble(
             n_backwards=recipe.n_microbatches,
             overlap=recipe.ddp.overlap,
         )
-    forward_backward, pipeline = _forward_backward(recipe, stages, mesh, device, buckets)
-    return Assembled(recipe, stages, mesh, forward_backward, buckets, pipeline)
 
-
-def _compile_blocks(stage: Transformer, *, backend: str) -> None:
-    import torch._dynamo.config as dynamo_config  # a second, and of use here alone
-
-    # A short cut of torch 2.11's guards that reads freed memory; later ones have it off. pytorch/pytorch#181873
-    dynamo_config.use_recursive_dict_tags_for_guards = False
-    for block in stage.blocks.values():
-        block.compile(backend=backend)
-
-
-@torch.no_grad()
-def load_initial_weights(model: Transformer, recipe: Recipe, device: torch.device) -> None:
-    """Moves `model` from meta to `device` and fills this rank's part of each weight."""
-    load_no_weights(model, recipe, device)
-    model.rotary.reset_buffers()
-    for name, parameter in model.named_parameters():
-        whole = initial_weight(
-            weight_name(name, recipe=recipe),
-            parameter.shape,
-            seed=recipe.train.seed,
-            n_layers=recipe.model.n_layers,
-            device=device,
-        )
-        local_part(parameter).copy_(slice_like(whole, parameter))
-
-
-def load_no_weights(model: Transformer, recipe: Recipe, device: torch.device) -> None:
-    """Moves `model` from meta to `device`, and leaves its weights and tables as the memory happens to be."""
-    model.to_empty(device=device)
-    if recipe.model.tied_embeddings and model.embedding is not None and model.output is not None:
-        model.output.weight = model.embedding.weight  # to_empty made them two
-
-
-@contextmanager
-def attention_kernel(name: str) -> Iterator[None]:
-    """Within, scaled_dot_product_attention has this kernel of ATTENTION_KERNELS, or raises RuntimeError."""
-    # What torch.compile keeps on disk from other runs is found by the graph, whatever kernel that was compiled with.
-    with sdpa_kernel(ATTENTION_KERNELS[name]), functorch_config.patch(enable_autograd_cache=False):
-        yield
-
-
-def _forward_backward(
-    recipe: Recipe, stages: list[Transformer], mesh: DeviceMesh, device: torch.device, buckets: GradientBuckets | None
-) -> tuple[Callable[[Tensor, Tensor], Tensor], PipelineStep | None]:
-    train, parallel, data_ranks = recipe.train, recipe.parallel, mesh["data"].size()
-    # Each token's share of the mean loss; times data_ranks because gradients are then averaged over those.
-    scale = data_ranks / (train.global_batch * train.seq_len)
     token_loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
     if parallel.tp > 1:
         token_loss = tensor_parallel_loss(
             mesh=mesh["tp"], vocab_size=recipe.model.vocab_size, loss_parallel=recipe.tensor.loss_parallel
         )
+    # Each token's share of the mean loss; times the data ranks because gradients are then averaged over those.
+    scale = mesh["data"].size() / (train.global_batch * train.seq_len)
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        return token_loss(logits, targets) * scale
+
     positions = None
     if parallel.cp > 1:
         positions = local_positions(
@@ -187,52 +169,39 @@ def _forward_backward(
             cp_rank=mesh.get_local_rank("cp"),
             method=recipe.context.method,
         ).to(device)
-
-    def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
-        return token_loss(logits, targets) * scale
-
-    def accumulate(tokens: Tensor, targets: Tensor) -> Tensor:
-        """Forward and backward of one microbatch after the other; their summed loss."""
-        model = stages[0]
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        starts = range(0, len(tokens), recipe.micro_batch)
-        for start in starts:
-            if parallel.dp_shard > 1:
-                before_microbatch(model, last=start == starts[-1])
-            rows = slice(start, start + recipe.micro_batch)  # the last microbatch may be short
-            with record_function("forward"):
-                loss = loss_of(model(tokens[rows]), targets[rows])
-            with record_function("backward"):
-                loss.backward()
-            total += loss.detach()
-        return total
-
-    pipeline = None
+    microbatches: Callable[[Tensor, Tensor], Tensor]
     if parallel.pp > 1:
-        pipeline = PipelineStep(
+        n_tokens = train.seq_len if positions is None else len(positions)
+        split_sequence = parallel.tp > 1 and recipe.tensor.sequence_parallel
+        microbatches = PipelineStep(
             stages,
             recipe=recipe,
             mesh=mesh["pp"],
             device=device,
-            compute_dtype=DTYPES[train.dtype],
-            loss=loss_of,
+            compute_dtype=compute_dtype,
+            loss=loss,
+            tokens=n_tokens,
+            residual_tokens=residual_tokens(n_tokens, tp=parallel.tp, sequence_parallel=split_sequence),
             vocab_size=len(rows_of_rank(recipe.model.vocab_size, mesh["tp"])),
+            around=around,
         )
+    else:
+        before = partial(before_microbatch, stages[0]) if sharded else None
+        microbatches = Accumulation(stages[0], micro_batch=recipe.micro_batch, loss=loss, before=before)
+    return Assembled(recipe, stages, mesh, positions, microbatches, buckets)
 
-    run = pipeline or accumulate
-    kernel = nullcontext if train.attention == "auto" else partial(attention_kernel, train.attention)
 
-    def forward_backward(tokens: Tensor, targets: Tensor) -> Tensor:
-        if positions is not None:
-            tokens, targets = tokens[:, positions], targets[:, positions]
-        with kernel():
-            loss = run(tokens, targets)
-        if buckets is not None:
-            buckets.finish()
-        if parallel.pp > 1:
-            sum_tied_gradients(stages, recipe=recipe, mesh=mesh["pp"])
-        if data_ranks > 1:
-            dist.all_reduce(loss, group=group_of(mesh, "data"))
-        return loss / data_ranks
+def _compile_blocks(stage: Transformer, *, backend: str) -> None:
+    safe_guards()
+    for block in stage.blocks.values():
+        block.compile(backend=backend)
 
-    return forward_backward, pipeline
+
+@contextmanager
+def attention_kernel(name: AttentionKernel) -> Iterator[None]:
+    """Within, scaled_dot_product_attention has this kernel of ATTENTION_KERNELS, or raises RuntimeError."""
+    if name == "auto":
+        yield
+        return
+    with sdpa_kernel(ATTENTION_KERNELS[name]), no_cached_graphs():
+        yield

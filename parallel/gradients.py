@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from parallel.mesh import group_of, local_part, split_dim
+from parallel.mesh import WEIGHT_DIMS, group_of, local_part, split_dim
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> Tensor:
@@ -30,7 +30,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> Tenso
                 square = square / parameter.device_mesh.size(names.index("tp"))  # the sum over tp counts each copy
         squares.append(square)
     total = torch.stack(squares).sum()
-    for dim in ("dp_shard_cp", "tp", "pp"):
+    for dim in WEIGHT_DIMS:
         if mesh[dim].size() > 1 and (dim != "dp_shard_cp" or sharded):
             dist.all_reduce(total, group=group_of(mesh, dim))
     return total.sqrt()

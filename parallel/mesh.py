@@ -1,30 +1,33 @@
-"""Ranks -> one named mesh of five dimensions, and the sub-meshes that strategies ask for."""
+"""Ranks -> one named mesh, whose dimensions are the keys of [parallel]; and which ranks share what.
+
+A new dimension is a field there, in its place among the others, and what is said of it here.
+"""
 
 import dataclasses
-import warnings
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from parallel.recipe import Recipe
+from parallel.recipe import MESH_DIMS, Recipe
+from parallel.torch_private import silence_flattening
 
-# FSDP2 itself slices the flattened dimension that it is given, and is then told that this will change.
-warnings.filterwarnings("ignore", message="Slicing a flattened dim", category=UserWarning)
+# Dimensions that act as one, under a name of their own.
+JOINED = {
+    "dp_shard_cp": ("dp_shard", "cp"),  # FSDP shards over these: context ranks hold the same weights, and add gradients
+    "data": ("dp_replicate", "dp_shard", "cp"),  # all ranks that see different tokens
+}
+REPLICA_DIMS = ("dp_replicate", "dp_shard")  # ranks that take different sequences
+WEIGHT_DIMS = ("dp_shard_cp", "tp", "pp")  # ranks that may hold different parts of the weights
 
 
 def build_mesh(recipe: Recipe, device_type: str) -> DeviceMesh:
-    """The mesh (pp, dp_replicate, dp_shard, cp, tp); tp varies fastest, so that its ranks are neighbours.
-
-    Beside the five, two flattened dimensions can be asked for by name:
-    `dp_shard_cp`: the ranks FSDP shards over, since context ranks hold the same weights and add their gradients;
-    `data`: all ranks that see different tokens, dp_replicate x dp_shard x cp.
-    """
-    names = tuple(field.name for field in dataclasses.fields(recipe.parallel))
-    mesh = init_device_mesh(device_type, dataclasses.astuple(recipe.parallel), mesh_dim_names=names)
-    mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
-    mesh["dp_replicate", "dp_shard", "cp"]._flatten("data")
+    """The mesh of MESH_DIMS, whose last varies fastest: its ranks are neighbours. Those JOINED have names, too."""
+    mesh = init_device_mesh(device_type, dataclasses.astuple(recipe.parallel), mesh_dim_names=tuple(MESH_DIMS))
+    silence_flattening()
+    for name, members in JOINED.items():
+        mesh[members]._flatten(name)
     return mesh
 
 
@@ -33,20 +36,36 @@ def group_of(mesh: DeviceMesh, dim: str) -> dist.ProcessGroup:
     return mesh[dim].get_group()
 
 
+def replica_of(mesh: DeviceMesh) -> int:
+    """The number of this rank's replica: ranks of one replica (pp, cp, tp) all read the same sequences."""
+    replica = 0
+    for dim in REPLICA_DIMS:
+        replica = replica * mesh[dim].size() + mesh.get_local_rank(dim)
+    return replica
+
+
+def rank_at(recipe: Recipe, **place: int) -> int:
+    """The rank at `place` in the mesh, as cp=1, tp=3; 0 in the dimensions that are not named."""
+    rank = 0
+    for dim in MESH_DIMS:
+        rank = rank * getattr(recipe.parallel, dim) + place.get(dim, 0)
+    return rank
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of `tensor`; the tensor itself where it is not a DTensor. Differentiable."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def slice_like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """The part of `whole` that this rank holds of `parameter`, a DTensor or a plain tensor of the same shape.
+def slice_like(whole: Tensor, part: Tensor) -> Tensor:
+    """The part of `whole` that this rank holds of it as `part`: a DTensor, or a plain tensor of the same shape.
 
     tp is the last dimension of a mesh and cuts first; FSDP cuts what tp left.
     """
-    if isinstance(parameter, DTensor):
-        mesh = parameter.device_mesh
+    if isinstance(part, DTensor):
+        mesh = part.device_mesh
         for mesh_dim in reversed(range(mesh.ndim)):
-            dim = split_dim(parameter, mesh_dim)
+            dim = split_dim(part, mesh_dim)
             if dim is not None:
                 rows = part_of(whole.shape[dim], mesh.size(mesh_dim), mesh.get_local_rank(mesh_dim))
                 whole = whole.narrow(dim, rows.start, len(rows))
@@ -59,6 +78,6 @@ def part_of(n: int, n_parts: int, i: int) -> range:
     return range(min(i * size, n), min((i + 1) * size, n))
 
 
-def split_dim(parameter: DTensor, mesh_dim: int) -> int | None:
-    """The dim of `parameter` that is split over mesh dimension `mesh_dim`; None where it is replicated."""
-    return getattr(parameter.placements[mesh_dim], "dim", None)
+def split_dim(tensor: DTensor, mesh_dim: int) -> int | None:
+    """The dim of `tensor` that is split over mesh dimension `mesh_dim`; None where it is replicated."""
+    return getattr(tensor.placements[mesh_dim], "dim", None)

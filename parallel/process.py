@@ -54,3 +54,9 @@ def process_group(device: torch.device, *, timeout_seconds: float) -> Iterator[N
         # or the interpreter aborts on its way out (pytorch/pytorch#190489).
         gc.collect()
         dist.destroy_process_group()
+
+
+def say(line: str) -> None:
+    """Prints `line` on rank 0 alone."""
+    if dist.get_rank() == 0:
+        print(line, flush=True)

@@ -8,6 +8,8 @@ Shapes stand in comments at the line's end. The strategies split this model afte
 
 import hashlib
 import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +76,12 @@ class Rotary(nn.Module):
         self.cos = angles.cos().to(self.cos)
         self.sin = angles.sin().to(self.sin)
 
+    def keep(self, parts: Sequence[slice]) -> None:
+        """Keeps these parts of the positions and of the tables, in this order."""
+        self.positions, self.cos, self.sin = (
+            torch.cat([table[part] for part in parts]) for table in (self.positions, self.cos, self.sin)
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.cos.dtype)  # rotate in float32 at least, whatever the computation's type  # (B, T, H, E)
         first, second = x.chunk(2, dim=-1)
@@ -118,17 +126,31 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))  # (B, T, D)
 
 
+def run(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    return function(*arguments)
+
+
 class Block(nn.Module):
     def __init__(self, shape: Model) -> None:
         super().__init__()
+        self.run = run  # recompute puts its own here
         self.attention_norm = RMSNorm(shape.d_model, shape.norm_eps)
         self.attention = Attention(shape)
         self.mlp_norm = RMSNorm(shape.d_model, shape.norm_eps)
         self.mlp = SwiGLU(shape)
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        return self.run(self.layers, x, rotary)
+
+    def layers(self, x: Tensor, rotary: Rotary) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotary)
         return x + self.mlp(self.mlp_norm(x))  # (B, T, D)
+
+
+def walk(blocks: Iterable[nn.Module], x: Tensor, rotary: Rotary) -> Tensor:
+    for block in blocks:
+        x = block(x, rotary)
+    return x
 
 
 class Transformer(nn.Module):
@@ -145,26 +167,36 @@ class Transformer(nn.Module):
     def __init__(self, shape: Model, *, seq_len: int, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.shape = shape
+        self.walk = walk  # recompute puts its own here
         self.rotary = Rotary(shape, seq_len)
         self.embedding = Embedding(shape.vocab_size, shape.d_model, compute_dtype)
         self.blocks = nn.ModuleDict({str(layer): Block(shape) for layer in range(shape.n_layers)})
         self.norm = RMSNorm(shape.d_model, shape.norm_eps)
         self.output = Linear(shape.d_model, shape.vocab_size)
-        if shape.tied_embeddings:
+        self.tie()
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output projection is the embedding's matrix, and both are here."""
+        return self.shape.tied_embeddings and self.embedding is not None and self.output is not None
+
+    def tie(self) -> None:
+        """Makes the two one parameter again, after either was replaced."""
+        if self.tied and self.embedding is not None and self.output is not None:
             self.output.weight = self.embedding.weight
 
     def forward(self, x: Tensor) -> Tensor:
         if self.embedding is not None:
             x = self.embedding(x)  # (B, T) -> (B, T, D)
-        x = self.run_blocks(x)
+        x = self.walk(self.blocks.values(), x, self.rotary)
         if self.norm is not None and self.output is not None:
             x = self.output(self.norm(x))  # (B, T, V)
         return x
 
-    def run_blocks(self, x: Tensor) -> Tensor:
-        for block in self.blocks.values():
-            x = block(x, self.rotary)
-        return x
+
+def weight_name(name: str, shape: Model) -> str:
+    """The name under which the initial value of parameter `name` is known: a tied output starts as the embedding."""
+    return "embedding.weight" if shape.tied_embeddings and name == "output.weight" else name
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

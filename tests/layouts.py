@@ -6,11 +6,11 @@ import torch
 import torch.distributed as dist
 
 from parallel.assemble import assemble
+from parallel.batches import rows_of_replica, token_batch
 from parallel.corpus import open_corpus
 from parallel.measure.parity import compare_with_reference, reference_gradients
 from parallel.mesh import build_mesh, local_part
 from parallel.recipe import Recipe, recipe_from_tables
-from parallel.training import rows_of_replica, token_batch
 
 CPU = torch.device("cpu")
 SMALL: dict[str, dict[str, Any]] = {
@@ -44,15 +44,14 @@ def parity(recipe: Recipe) -> tuple[dict[str, float], dict[str, float]] | None:
     model = assemble(recipe, mesh=mesh, device=CPU)
     model.zero_gradients()
     loss = model.forward_backward(*batch_of(recipe, rows_of_replica(recipe, mesh))).item()
-    parameters = model.named_parameters()
-    differences = compare_with_reference(parameters, loss, reference, device=CPU)
+    differences = compare_with_reference(model.gradient, loss, reference, device=CPU)
     if dist.get_rank() == dist.get_world_size() - 1:
         with torch.no_grad():
-            for _, parameter in parameters:
+            for _, parameter in model.named_parameters():
                 assert parameter.grad is not None
                 gradient = local_part(parameter.grad)
                 if gradient.count_nonzero() > 0:  # this rank may hold an empty shard
                     gradient.mul_(2.0)
                     break
-    sabotaged = compare_with_reference(parameters, loss, reference, device=CPU)
+    sabotaged = compare_with_reference(model.gradient, loss, reference, device=CPU)
     return (differences, sabotaged) if differences and sabotaged else None

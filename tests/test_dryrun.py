@@ -11,12 +11,15 @@ from layouts import CPU, small_recipe
 from ranks import Ranks
 
 from launch.cli import main
-from parallel.assemble import assemble
-from parallel.dryrun import distinct_ranks, dry_run, dry_run_rank, scaled
+from parallel.dryrun import dry_run, dry_run_rank
+from parallel.engines.engine import run_step
+from parallel.engines.native import NativeEngine
+from parallel.kinds import distinct_ranks, scaled
+from parallel.measure.counters import Counters, Measures
 from parallel.measure.flops import model_flops_per_token
+from parallel.measure.observer import Step
 from parallel.mesh import build_mesh
 from parallel.recipe import SCHEDULES, Recipe, RecipeError, load_recipe
-from parallel.step import Measures, make_optimizer, measured_step, train_step
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 Sections = dict[str, dict[str, Any]]
@@ -81,15 +84,22 @@ def real_step(recipe: Recipe, peaks: set[int]) -> Measures:
 
     gloo's threads now and then keep a message a moment after it was waited for, so that a peak may be too high.
     """
-    model = assemble(recipe, mesh=build_mesh(recipe, "cpu"), device=CPU)
-    optimizer = make_optimizer(model)
-    tokens = torch.zeros(recipe.replica_batch, recipe.train.seq_len, dtype=torch.int64)
-    targets = torch.zeros_like(tokens)
-    train_step(model, optimizer, tokens, targets)
+    engine = NativeEngine(recipe, mesh=build_mesh(recipe, "cpu"), device=CPU)
+    parameters = [parameter for _, parameter in engine.named_parameters()]
+
+    def batch(_: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = torch.zeros(recipe.replica_batch, recipe.train.seq_len, dtype=torch.int64)
+        return tokens, torch.zeros_like(tokens)
+
+    run_step(engine, Step(1), batch)
     steps: list[Measures] = []
     done = torch.tensor(False)
     while not done and len(steps) < 5:
-        steps.append(measured_step(model, optimizer, tokens, targets)[-1])
+        counters = Counters(recipe, parameters, engine.optimizer, mesh=engine.mesh, device=CPU, nth=1)
+        engine.observers[:] = [counters]
+        run_step(engine, Step(2), batch)
+        assert counters.measures is not None
+        steps.append(counters.measures)
         least = min(steps, key=lambda measures: measures.memory["peak_bytes"])
         done.fill_(least.memory["peak_bytes"] in peaks)
         dist.all_reduce(done, op=dist.ReduceOp.MIN)

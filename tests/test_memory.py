@@ -1,5 +1,6 @@
 """The memory tracker: exact where a peak can be worked out by hand, and held to what the system calls resident."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -19,10 +20,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
 from parallel.assemble import Assembled, assemble
-from parallel.measure.memory import CATEGORIES, MemoryTracker, allocator_peaks, memory_section, reset_allocator_peaks
+from parallel.batches import rows_of_replica
+from parallel.measure.memory import MemoryTracker, allocator_peaks, memory_section, reset_allocator_peaks
+from parallel.measure.record import CATEGORIES
 from parallel.mesh import build_mesh
 from parallel.recipe import Recipe
-from parallel.training import rows_of_replica
 
 B, D, H = 2, 8, 16  # rows, width, hidden width
 X, A = 4 * B * D, 4 * B * H  # bytes of x and of the hidden activations
@@ -355,7 +357,7 @@ def test_resident_memory_agrees_within_two_percent(mode: str, batch: int) -> Non
 
 def test_the_section_of_the_record() -> None:
     entries = [{"rank": 1, "peak_bytes": 5}, {"rank": 0, "peak_bytes": 7}]
-    assert memory_section(entries, step=2) == {
+    assert dataclasses.asdict(memory_section(entries, step=2)) == {
         "per_rank": entries[::-1],
         "max_peak_bytes": 7,
         "min_peak_bytes": 5,

@@ -34,9 +34,8 @@ from parallel.strategies.pipeline import (
     stages_of_rank,
     sum_tied_gradients,
     tied_copies,
-    weight_name,
 )
-from parallel.transformer import Transformer, cross_entropy, initial_weight
+from parallel.transformer import Transformer, cross_entropy, initial_weight, weight_name
 
 WHOLE_BACKWARD_SCHEDULES = [schedule for schedule in SCHEDULES if schedule not in SPLIT_BACKWARD_SCHEDULES]
 TOLERANCE = 1e-12
@@ -130,7 +129,7 @@ def test_stages_share_out_the_model(schedule: str) -> None:
     assert names == [*(name for name, _ in model.named_parameters()), "output.weight"]  # tied: listed once there
     assert [index for index in stages if stages[index].embedding is not None] == [0]
     assert [index for index in stages if stages[index].output is not None] == [recipe.n_stages - 1]
-    assert {weight_name(name, recipe=recipe) for name in names} == {name for name, _ in model.named_parameters()}
+    assert {weight_name(name, recipe.model) for name in names} == {name for name, _ in model.named_parameters()}
     assert len(model.blocks) == 7 and model.embedding is not None and model.output is not None
 
 
@@ -178,7 +177,7 @@ def fill(model: Transformer, recipe: Recipe) -> None:
     if recipe.model.tied_embeddings and model.embedding is not None and model.output is not None:
         model.output.weight = model.embedding.weight
     for name, parameter in model.named_parameters():
-        name = weight_name(name, recipe=recipe)
+        name = weight_name(name, recipe.model)
         n_layers = recipe.model.n_layers
         parameter.copy_(initial_weight(name, parameter.shape, seed=0, n_layers=n_layers, device="cpu"))
 
@@ -252,7 +251,7 @@ class Pipelined:
         loss_alone, gradients = one_process(self.recipe, step)
         largest = abs(loss - loss_alone) / loss_alone
         for name, parameter in self.named_parameters():
-            alone = gradients[weight_name(name, recipe=self.recipe)]
+            alone = gradients[weight_name(name, self.recipe.model)]
             largest = max(largest, ((gradient_of(parameter) - alone).norm() / alone.norm()).item())
         return largest
 

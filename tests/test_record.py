@@ -1,5 +1,6 @@
 """record.json: every key of the contract, whole files, and readers that survive what others wrote."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -47,7 +48,7 @@ CONTRACT: dict[str, Any] = {
         "peak_source",
         "matmul_ceiling_flops",
     },
-    "memory": {"per_rank", "max_peak_bytes", "min_peak_bytes"},
+    "memory": {"per_rank", "max_peak_bytes", "min_peak_bytes", "step", "note"},
     "traffic": None,
     "pipeline": {"bubble_fraction", "bubble_fraction_ideal", "timeline"},
 }
@@ -90,7 +91,7 @@ def test_the_environment_names_versions_and_hardware_but_no_person_host_or_folde
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("A_TOKEN", "hunter2-hunter2")
-    found = environment()
+    found = dataclasses.asdict(environment())
     assert found["python"].startswith("3.") and found["torch"].startswith("2.") and found["numpy"]
     assert found["cores"] >= 1 and found["cpu"] and found["parallel_lab"]
     text = json.dumps(found)

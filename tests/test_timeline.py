@@ -13,15 +13,21 @@ import torch.distributed._functional_collectives as functional
 from layouts import CPU, batch_of, small_recipe
 from ranks import Ranks
 
-import parallel.training as training
 from launch.cli import main
+from parallel import torch_private
+from parallel.actions import Action
 from parallel.assemble import assemble
+from parallel.batches import rows_of_replica
 from parallel.dryrun import dry_run, dry_run_rank
+from parallel.engines.engine import run_step
+from parallel.engines.native import NativeEngine
 from parallel.measure.clock import Clock
-from parallel.measure.timeline import Action, Timeline, ideal_bubble, parts_of_trace
+from parallel.measure.observer import Step
+from parallel.measure.timeline import Timeline, ideal_bubble
+from parallel.measure.trace import parts_of_trace
 from parallel.mesh import build_mesh
 from parallel.recipe import Recipe
-from parallel.step import make_optimizer, observed, train_step
+from parallel.training import train_in_group
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -76,18 +82,18 @@ def test_ideal_bubbles_by_hand() -> None:
 
 def timed_steps(recipe: Recipe) -> tuple[dict[str, Any], list[float], int]:
     mesh = build_mesh(recipe, "cpu")
-    model = assemble(recipe, mesh=mesh, device=CPU)
-    optimizer, batch = make_optimizer(model), batch_of(recipe, training.rows_of_replica(recipe, mesh))
-    clock, seconds, waits = Clock(CPU), [], (dist.Work.wait, functional.wait_tensor)
-    with Timeline(recipe, CPU) as timeline, observed(model, timeline.around):
-        for step in range(3):
-            timeline.begin()
-            train_step(model, optimizer, *batch)
-            seconds.append(clock.lap()[0])
-            timeline.end(step=step, seconds=seconds[-1])
+    engine = NativeEngine(recipe, mesh=mesh, device=CPU)
+    rows = rows_of_replica(recipe, mesh)
+    seconds, waits = [], (dist.Work.wait, functional.wait_tensor)
+    clock = Clock(recipe, CPU)
+    timeline = Timeline(recipe, CPU, mesh=mesh, clock=clock)
+    engine.observers += [timeline, clock]
+    for number in range(3):
+        run_step(engine, step := Step(number), lambda _: batch_of(recipe, rows))
+        seconds.append(step.seconds)
     assert (dist.Work.wait, functional.wait_tensor) == waits
     n_waits = len(timeline._steps[-1].waits)
-    return timeline.sections(mesh, steps=range(3)), seconds, n_waits
+    return timeline.sections(steps=range(3)), seconds, n_waits
 
 
 @pytest.mark.parametrize(
@@ -167,16 +173,16 @@ HANDS = {
 
 def by_hand() -> dict[str, Any]:
     recipe = small_recipe(parallel=dict(pp=2), train=dict(micro_batch=2))
-    timeline = Timeline(recipe, CPU)
-    for step, scale in enumerate((1.0, 2.0, 3.0, 0.0)):  # of 10, 20, 30 and 0 s
+    timeline = Timeline(recipe, CPU, mesh=build_mesh(recipe, "cpu"), clock=Clock(recipe, CPU))
+    for number, scale in enumerate((1.0, 2.0, 3.0, 0.0)):  # of 10, 20, 30 and 0 s
         hand: Any = HANDS[dist.get_rank()]
-        timeline.begin()
-        timeline._step.actions = [
-            (Action("forward", 0, i), start * scale, end * scale) for i, (start, end) in enumerate(hand["busy"])
-        ]
-        timeline._step.waits = [(start * scale, end * scale) for start, end in hand["waits"]]
-        timeline.end(step=step, seconds=hand["seconds"] * scale)
-    return timeline.sections(build_mesh(recipe, "cpu"), steps=[0, 1, 2])
+        with timeline.step(step := Step(number)):
+            timeline._step.actions = [
+                (Action("forward", 0, i), start * scale, end * scale) for i, (start, end) in enumerate(hand["busy"])
+            ]
+            timeline._step.waits = [(start * scale, end * scale) for start, end in hand["waits"]]
+            step.seconds = hand["seconds"] * scale
+    return timeline.sections(steps=[0, 1, 2])
 
 
 def test_parts_and_bubble_by_hand(ranks: Ranks) -> None:
@@ -202,9 +208,9 @@ def test_parts_and_bubble_by_hand(ranks: Ranks) -> None:
 
 def run(recipe: Recipe, out: str, compiled_in_step: int | None) -> dict[str, Any] | None:
     n_graphs = iter([7 + (i > 2 * (compiled_in_step or 99)) for i in range(100)])
-    fake = mock.patch.object(training, "_n_compiled_graphs", lambda _: next(n_graphs))
+    fake = mock.patch.object(torch_private, "n_compiled_graphs", lambda: next(n_graphs))
     with fake:
-        return training._train(recipe, out=Path(out), device=CPU, profile=compiled_in_step is not None)
+        return train_in_group(recipe, out=Path(out), device=CPU, profile=compiled_in_step is not None)
 
 
 def test_steps_that_compile_or_profile_are_left_out_and_counted(ranks: Ranks, tmp_path: Path) -> None:
@@ -227,9 +233,9 @@ def graphs_after_compiling() -> int:
     recipe = small_recipe("float32", train=dict(compile="aot_eager"))
     mesh = build_mesh(recipe, "cpu")
     model = assemble(recipe, mesh=mesh, device=CPU)
-    before = training._n_compiled_graphs(recipe)
+    before = torch_private.n_compiled_graphs()
     model.forward_backward(*batch_of(recipe, range(8)))
-    return training._n_compiled_graphs(recipe) - before
+    return torch_private.n_compiled_graphs() - before
 
 
 def test_compilations_are_noticed(ranks: Ranks) -> None:

@@ -11,11 +11,11 @@ from ranks import Ranks
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from parallel.assemble import assemble
+from parallel.batches import rows_of_replica
 from parallel.measure.traffic import TrafficLog
 from parallel.mesh import build_mesh, group_of
 from parallel.recipe import Recipe
 from parallel.strategies.pipeline import stages_of_rank
-from parallel.training import rows_of_replica
 
 Rows = dict[tuple[str, str], tuple[int, int]]  # (mesh_dim, collective) -> (calls, bytes_per_rank)
 

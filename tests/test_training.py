@@ -15,11 +15,12 @@ from ranks import Ranks
 
 import parallel.measure.hardware as hardware
 from parallel.assemble import assemble
+from parallel.batches import rows_of_replica
 from parallel.measure.parity import compare_with_reference, parity_recipe, reference_gradients
 from parallel.mesh import build_mesh
 from parallel.process import choose_device
 from parallel.recipe import Recipe, RecipeError, recipe_from_tables
-from parallel.training import _train, rows_of_replica
+from parallel.training import train_in_group
 from parallel.transformer import Transformer, initial_weight
 
 LAYOUTS = {
@@ -38,7 +39,7 @@ LAYOUTS = {
 
 def run(recipe: Recipe, out: str) -> dict[str, Any] | None:
     with mock.patch.object(hardware, "CEILING_SECONDS", 0.01):  # no test here looks at it
-        return _train(recipe, out=Path(out), device=CPU)
+        return train_in_group(recipe, out=Path(out), device=CPU)
 
 
 def trained(ranks: Ranks, out: Path, sections: dict[str, Any], **train: Any) -> list[dict[str, Any]]:
@@ -102,7 +103,7 @@ def bfloat16_differences(recipe: Recipe) -> dict[str, Any] | None:
     assert {parameter.dtype for _, parameter in model.named_parameters()} == {torch.float32}
     for _, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.dtype == torch.float32
-    return compare_with_reference(model.named_parameters(), loss, reference, device=CPU)
+    return compare_with_reference(model.gradient, loss, reference, device=CPU)
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp", "tp", "tp without sp", "cp", "pp, tied", "zbv, tied", "pp·fsdp·tp"])

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel.measure.hardware import Peak
+from parallel.measure.record import Flops
 from parallel.recipe import Model, Recipe
 
 aten = torch.ops.aten
@@ -152,8 +153,8 @@ def flops_section(
     step_seconds: float | None,
     peak: Peak,
     matmul_ceiling_flops: float | None,
-) -> dict[str, Any]:
-    """The `flops` section of a record; what was not measured is None.
+) -> Flops:
+    """What was not measured is None.
 
     hardware_flops_per_step: FLOPs counted in one step, summed over all ranks. step_seconds: its steady median.
     peak: of one rank's device, FLOP/s. Raises ValueError where more ran than the hardware can do.
@@ -185,13 +186,13 @@ def flops_section(
         # Half of the attention that it counts was never run: long sequences get there on honest hardware.
         definition += f" mfu is null: with attention in full it would be {values['mfu']:.3g}, and says nothing."
         values["mfu"] = None
-    return {
-        "definition": definition,
-        "model_flops_per_token": model_flops.full,
-        "model_flops_per_token_causal": model_flops.causal,
-        "hardware_flops_per_token": hardware_flops,
+    return Flops(
+        definition=definition,
+        model_flops_per_token=model_flops.full,
+        model_flops_per_token_causal=model_flops.causal,
+        hardware_flops_per_token=hardware_flops,
+        peak_flops=peak.flops,
+        peak_source=peak.source,
+        matmul_ceiling_flops=matmul_ceiling_flops,
         **values,
-        "peak_flops": peak.flops,
-        "peak_source": peak.source,
-        "matmul_ceiling_flops": matmul_ceiling_flops,
-    }
+    )

@@ -1,9 +1,10 @@
 """Memory: the peak of live tensor storages during a step, and what they were."""
 
+import contextlib
 import gc
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +12,12 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
+from parallel.measure.record import CATEGORIES, Memory
 from parallel.measure.traffic import tensors_in
 from parallel.mesh import local_part
-
-CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "other")
+from parallel.torch_private import wrapped_storages
 
 aten = torch.ops.aten
 WRAPPERS = (DTensor, AsyncCollectiveTensor)  # their operators work on the tensors inside, which hold the memory
@@ -79,6 +79,7 @@ class MemoryTracker(TorchDispatchMode):
         self._made = "activations"
         self._shapes_only = False
         self._hooks: list[Any] = []
+        self._patches = contextlib.ExitStack()
 
     def peak(self) -> dict[str, int]:
         """peak_bytes, and parameters_bytes, gradients_bytes, ... at the moment of the first peak. After exit."""
@@ -101,13 +102,13 @@ class MemoryTracker(TorchDispatchMode):
                 self._optimizer.register_step_pre_hook(lambda *_: self._before_optimizer()),
                 self._optimizer.register_step_post_hook(lambda *_: self._after_optimizer()),
             ]
-        self._patch()
+        self._patches.enter_context(wrapped_storages(resize=self._resizing, propagate=self._propagating))
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        self._unpatch()
+        self._patches.close()
         for hook in self._hooks:
             hook.remove()
         self._identify()
@@ -205,35 +206,26 @@ class MemoryTracker(TorchDispatchMode):
 
     # ---- what no dispatch mode sees ----
 
-    def _patch(self) -> None:
-        """FSDP2 frees and regrows gathered weights by resizing their storage, which is no operator."""
-        self._resize, self._propagate = (
-            torch.UntypedStorage.resize_,
-            ShardingPropagator._propagate_tensor_meta_non_cached,
-        )
-
+    def _resizing(self, resize_: Callable[..., Any]) -> Callable[..., Any]:
         def resize(storage: torch.UntypedStorage, nbytes: int) -> Any:
             self._bury()
             known = self._live.get(storage._cdata) or self._add(storage, existed=True)
-            result = self._resize(storage, nbytes)
+            result = resize_(storage, nbytes)
             self._set_size(known, storage.nbytes())
             _make_other([known])
             return result
 
+        return resize
+
+    def _propagating(self, propagate_: Callable[..., Any]) -> Callable[..., Any]:
         def propagate(*args: Any) -> Any:
-            # DTensor runs each new operator once on FakeTensors of the global shape, to learn that of its result.
             before, self._shapes_only = self._shapes_only, True
             try:
-                return self._propagate(*args)
+                return propagate_(*args)
             finally:
                 self._shapes_only = before
 
-        torch.UntypedStorage.resize_ = resize  # type: ignore[assignment, method-assign]
-        ShardingPropagator._propagate_tensor_meta_non_cached = propagate  # type: ignore[assignment, method-assign]
-
-    def _unpatch(self) -> None:
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
-        ShardingPropagator._propagate_tensor_meta_non_cached = self._propagate  # type: ignore[method-assign]
+        return propagate
 
 
 def _make_other(storages: Sequence[_Storage | None]) -> None:
@@ -275,17 +267,17 @@ def allocator_peaks(device: torch.device) -> dict[str, int | None]:
 UNTRACKED: dict[str, None] = dict.fromkeys(f"{name}_bytes" for name in ("peak", *CATEGORIES))  # as MemoryTracker.peak
 
 
-def memory_section(per_rank: Sequence[dict[str, Any]], *, step: int, note: str | None = None) -> dict[str, Any]:
-    """The `memory` of a record, from one entry per observed rank: {"rank": ..., **tracker.peak(), ...}.
+def memory_section(per_rank: Sequence[dict[str, Any]], *, step: int, note: str | None = None) -> Memory:
+    """From one entry per observed rank: {"rank": ..., **tracker.peak(), ...}. step: the one that was observed.
 
-    step: the step that was observed, counted from 1. note: what a reader must know.
+    note: what a reader must know.
     """
     peaks = [entry["peak_bytes"] for entry in per_rank]
     known = bool(peaks) and None not in peaks
-    return {
-        "per_rank": sorted(per_rank, key=lambda entry: entry["rank"]),
-        "max_peak_bytes": max(peaks) if known else None,
-        "min_peak_bytes": min(peaks) if known else None,
-        "step": step,
-        "note": note,
-    }
+    return Memory(
+        per_rank=sorted(per_rank, key=lambda entry: entry["rank"]),
+        max_peak_bytes=max(peaks) if known else None,
+        min_peak_bytes=min(peaks) if known else None,
+        step=step,
+        note=note,
+    )

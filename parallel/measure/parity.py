@@ -6,17 +6,19 @@ or a dropped token. Losses alone prove nothing: AdamW divides a gradient by its 
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from parallel.collectives import gathered
 from parallel.mesh import local_part, slice_like, split_dim
 from parallel.recipe import Recipe
-from parallel.transformer import Transformer, cross_entropy, initial_weight
+from parallel.transformer import Transformer, cross_entropy
+from parallel.weights import load_initial_weights
 
 TOLERANCE = 1e-10  # what float64 gives is near 1e-15
 MAX_REFERENCE_FLOPS = 2e12  # one step of one process in float64: some 20 s on one core
@@ -71,20 +73,9 @@ def parity_recipe(recipe: Recipe) -> tuple[Recipe, str]:
 
 def reference_gradients(recipe: Recipe, tokens: Tensor, targets: Tensor) -> Reference:
     """One process, one device, the whole global batch (int64, (global_batch, seq_len)), sequence by sequence."""
-    model = Transformer(recipe.model, seq_len=recipe.train.seq_len, compute_dtype=torch.float64).to(torch.float64)
-    model.to(tokens.device)
-    model.rotary.reset_buffers()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(
-                initial_weight(
-                    name,
-                    parameter.shape,
-                    seed=recipe.train.seed,
-                    n_layers=recipe.model.n_layers,
-                    device=parameter.device,
-                )
-            )
+    with torch.device("meta"):
+        model = Transformer(recipe.model, seq_len=recipe.train.seq_len, compute_dtype=torch.float64).to(torch.float64)
+    load_initial_weights(model, recipe, tokens.device)
     total = 0.0
     for row in range(len(tokens)):
         loss = cross_entropy(model(tokens[row : row + 1]), targets[row : row + 1]) / tokens.numel()
@@ -94,11 +85,12 @@ def reference_gradients(recipe: Recipe, tokens: Tensor, targets: Tensor) -> Refe
 
 
 def compare_with_reference(
-    parameters: list[tuple[str, nn.Parameter]], loss: float, reference: Reference | None, *, device: torch.device
+    gradient: Callable[[str], list[Tensor]], loss: float, reference: Reference | None, *, device: torch.device
 ) -> dict[str, Any] | None:
     """Compares every rank's gradients with rank 0's `reference` (None elsewhere).
 
-    parameters: this rank's, under their names in the whole model; each .grad holds the gradient of the mean loss.
+    gradient: this rank's gradients, of the mean loss, of the parameter of that name in the whole model: none, one, or
+        one of each copy; a DTensor, or whole.
     Returns on rank 0 {max_rel_grad_diff, max_abs_loss_diff}; None elsewhere. The difference is infinite where a
     parameter, or a part of one, has no gradient on any rank.
     """
@@ -112,10 +104,9 @@ def compare_with_reference(
         whole = reference.gradients[name] if reference else torch.empty(shape, dtype=torch.float64, device=device)
         dist.broadcast(whole, src=0)
         parts[name] = []
-        for parameter in (parameter for theirs, parameter in parameters if theirs == name):
-            if parameter.grad is not None:
-                difference = local_part(parameter.grad) - slice_like(whole, parameter)
-                parts[name].append((_which_part(parameter), difference.numel(), difference.square().sum().item()))
+        for mine in gradient(name):
+            difference = local_part(mine) - slice_like(whole, mine)
+            parts[name].append((_which_part(mine), difference.numel(), difference.square().sum().item()))
     of_ranks = gathered((loss, parts))
     if rank != 0 or reference is None:
         return None
@@ -128,16 +119,16 @@ def compare_with_reference(
     }
 
 
-def _which_part(parameter: nn.Parameter) -> tuple[tuple[str, int], ...]:
+def _which_part(gradient: Tensor) -> tuple[tuple[str, int], ...]:
     """The same on ranks that hold copies of the same part."""
-    if not isinstance(parameter, DTensor):
+    if not isinstance(gradient, DTensor):
         return ()
-    mesh = parameter.device_mesh
+    mesh = gradient.device_mesh
     assert mesh.mesh_dim_names is not None
     return tuple(
         (name, mesh.get_local_rank(i))
         for i, name in enumerate(mesh.mesh_dim_names)
-        if split_dim(parameter, i) is not None
+        if split_dim(gradient, i) is not None
     )
 
 

@@ -13,87 +13,158 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from parallel.recipe import Recipe
+from parallel.recipe import MESH_DIMS, Recipe
 
 SCHEMA = 1
 STATUSES = ("ok", "refused", "oom", "failed", "timeout")
 KINDS = ("measured", "dry-run")
 LARGEST_FILE_BYTES = 256 * 2**20  # a record of 16384 ranks takes about 5 MiB
 
-SPREAD = ("median", "p10", "p90")
-LAYOUT = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "world_size", "replicas", "n_microbatches", "n_stages")
-ENVIRONMENT = (
-    *("time_utc", "parallel_lab", "git_commit", "python", "torch", "numpy"),
-    *("platform", "cpu", "cores", "accelerators"),
-    *("device", "backend", "data"),  # what the run chose: known to its ranks alone
-)
-FLOPS = (
-    *("definition", "model_flops_per_token", "model_flops_per_token_causal", "hardware_flops_per_token"),
-    *("mfu", "mfu_causal", "hfu", "peak_flops", "peak_source", "matmul_ceiling_flops"),
-)
+# What live tensor storages are, in the record as <name>_bytes; parallel/measure/memory.py says which is what.
+CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "other")
+
+
+@dataclass(kw_only=True)
+class Environment:
+    """What the numbers depend on. Nothing that names a person, a host or a folder."""
+
+    time_utc: str | None = None
+    parallel_lab: str | None = None
+    git_commit: str | None = None
+    python: str | None = None
+    torch: str | None = None
+    numpy: str | None = None
+    platform: str | None = None
+    cpu: str | None = None
+    cores: int | None = None
+    accelerators: list[str] | None = None
+    device: str | None = None  # what the run chose, known to its ranks alone: device, backend and data
+    backend: str | None = None
+    data: str | None = None
+
+
+@dataclass(kw_only=True)
+class Parity:
+    reference: str | None = None
+    dtype: str | None = None
+    max_rel_grad_diff: float | None = None
+    max_abs_loss_diff: float | None = None
+    passed: bool | None = None
+
+
+@dataclass(kw_only=True)
+class Spread:
+    median: float | None = None
+    p10: float | None = None
+    p90: float | None = None
+
+
+@dataclass(kw_only=True)
+class Throughput:
+    tokens_per_s: float | None = None
+    tokens_per_s_per_rank: float | None = None
+    step_seconds: Spread = field(default_factory=Spread)
+    cpu_seconds_per_step: float | None = None
+    step_parts: dict[str, float] | None = None  # {compute_seconds, communication_seconds, idle_seconds}
+    steps_timed: int | None = None
+    steps_left_out: dict[str, int] | None = None  # reason -> how many
+
+
+@dataclass(kw_only=True)
+class Flops:
+    definition: str | None = None
+    model_flops_per_token: int | None = None
+    model_flops_per_token_causal: int | None = None
+    hardware_flops_per_token: float | None = None
+    mfu: float | None = None
+    mfu_causal: float | None = None
+    hfu: float | None = None
+    peak_flops: float | None = None
+    peak_source: str | None = None
+    matmul_ceiling_flops: float | None = None
+
+
+@dataclass(kw_only=True)
+class Memory:
+    per_rank: list[dict[str, Any]] | None = None  # {rank, peak_bytes, <category>_bytes, ..., allocator_...}
+    max_peak_bytes: int | None = None
+    min_peak_bytes: int | None = None
+    step: int | None = None  # the one that was observed
+    note: str | None = None  # what a reader must know
+
+
+@dataclass(kw_only=True)
+class Pipeline:
+    bubble_fraction: float | None = None
+    bubble_fraction_ideal: float | None = None
+    timeline: list[dict[str, Any]] | None = None  # {rank, stage, microbatch, action, start_seconds, end_seconds}
+
+
+LAYOUT = (*MESH_DIMS, "world_size", "replicas", "n_microbatches", "n_stages")
+
+
+@dataclass(kw_only=True)
+class Record:
+    """The result of a run while it is made, with a section for each measure; `as_json` is what is written."""
+
+    schema: int = SCHEMA
+    status: str | None = None  # of STATUSES, once it is known
+    reason: str | None = None
+    kind: str | None = None  # of KINDS
+    recipe: dict[str, Any] = field(default_factory=dict)
+    layout: dict[str, int | None] = field(default_factory=lambda: dict.fromkeys(LAYOUT))
+    environment: Environment = field(default_factory=Environment)
+    steps: list[dict[str, Any]] = field(default_factory=list)  # {step, loss, grad_norm, seconds}
+    parity: Parity = field(default_factory=Parity)
+    throughput: Throughput = field(default_factory=Throughput)
+    flops: Flops = field(default_factory=Flops)
+    memory: Memory = field(default_factory=Memory)
+    traffic: list[dict[str, Any]] | None = None  # {mesh_dim, collective, calls, bytes_per_rank}
+    pipeline: Pipeline = field(default_factory=Pipeline)
+
+    @classmethod
+    def of(cls, recipe: Recipe, kind: str = "measured") -> "Record":
+        """One in which nothing is measured yet."""
+        assert kind in KINDS, kind
+        layout = {key: getattr(recipe if hasattr(recipe, key) else recipe.parallel, key) for key in LAYOUT}
+        return cls(kind=kind, recipe=recipe.resolved(), layout=layout, environment=environment())
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
 
 
 def new_record(recipe: Recipe | Mapping[str, Any], kind: str = "measured") -> dict[str, Any]:
-    """A record in which nothing is measured yet; its status, too, is null until it is known.
+    """The JSON of a record in which nothing is measured yet; its status, too, is null until it is known.
 
     A recipe that was refused is given as the tables its author wrote: it has no layout.
     """
-    assert kind in KINDS, kind
-    record = _blank() | {"kind": kind, "environment": environment()}
-    if not isinstance(recipe, Recipe):
-        return record | {"recipe": dict(recipe)}
-    derived = {key: getattr(recipe, key) for key in ("world_size", "replicas", "n_microbatches", "n_stages")}
-    return record | {"recipe": recipe.resolved(), "layout": dataclasses.asdict(recipe.parallel) | derived}
-
-
-def _blank() -> dict[str, Any]:
-    return {
-        "schema": SCHEMA,
-        "status": None,
-        "reason": None,
-        "kind": None,
-        "recipe": {},
-        "layout": dict.fromkeys(LAYOUT),
-        "environment": dict.fromkeys(ENVIRONMENT),
-        "steps": [],  # {step, loss, grad_norm, seconds}
-        "parity": dict.fromkeys(("reference", "dtype", "max_rel_grad_diff", "max_abs_loss_diff", "passed")),
-        "throughput": {
-            "tokens_per_s": None,
-            "tokens_per_s_per_rank": None,
-            "step_seconds": dict.fromkeys(SPREAD),
-            "cpu_seconds_per_step": None,
-            "step_parts": None,  # {compute_seconds, communication_seconds, idle_seconds}
-            "steps_timed": None,
-            "steps_left_out": None,  # reason -> how many
-        },
-        "flops": dict.fromkeys(FLOPS),
-        "memory": dict.fromkeys(("per_rank", "max_peak_bytes", "min_peak_bytes")),
-        "traffic": None,
-        "pipeline": dict.fromkeys(("bubble_fraction", "bubble_fraction_ideal", "timeline")),
-    }
+    if isinstance(recipe, Recipe):
+        return Record.of(recipe, kind).as_json()
+    return Record(kind=kind, recipe=dict(recipe), environment=environment()).as_json()
 
 
 # ---- environment ---------------------------------------------------------------------------------------------------
 
 
-def environment() -> dict[str, Any]:
-    """What the numbers depend on. Nothing that names a person, a host or a folder."""
-    return dict.fromkeys(ENVIRONMENT) | {
-        "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "parallel_lab": version("parallel-lab"),
-        "git_commit": _git_commit(),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "numpy": version("numpy"),
-        "platform": platform.platform(),
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "accelerators": _accelerators(),
-    }
+def environment() -> Environment:
+    """Of this process and host."""
+    return Environment(
+        time_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+        parallel_lab=version("parallel-lab"),
+        git_commit=_git_commit(),
+        python=platform.python_version(),
+        torch=version("torch"),
+        numpy=version("numpy"),
+        platform=platform.platform(),
+        cpu=_cpu_model(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        accelerators=_accelerators(),
+    )
 
 
 def _accelerators() -> list[str] | None:
@@ -152,14 +223,15 @@ def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
 
 
 def record_json(record: Any) -> str:
-    return json.dumps(_finite(record), indent=1, allow_nan=False, default=str)  # TOML has dates
+    return json.dumps(finite(record), indent=1, allow_nan=False, default=str)  # TOML has dates
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """`value` with null where a number is NaN or infinite, which JSON cannot say."""
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -200,12 +272,16 @@ def read_record(path: str | Path) -> dict[str, Any]:
         if path.stat().st_size > LARGEST_FILE_BYTES:
             raise ValueError(f"is larger than {LARGEST_FILE_BYTES} bytes")
         text = path.read_text(encoding="utf-8")
-        # 1e999 is valid JSON and infinite: _finite sees to it.
-        return _checked(_finite(json.loads(text, parse_constant=lambda constant: None)), path)
+        # 1e999 is valid JSON and infinite: finite sees to it.
+        return _checked(finite(json.loads(text, parse_constant=lambda constant: None)), path)
     except (OSError, ValueError, RecursionError) as error:
         said = getattr(error, "strerror", None) or str(error) or "nested too deeply"
         reason = f"record.json cannot be used: {said}"
-        return _blank() | {"status": "failed", "reason": reason, "recipe": {"name": path.absolute().parent.name}}
+        return Record().as_json() | {
+            "status": "failed",
+            "reason": reason,
+            "recipe": {"name": path.absolute().parent.name},
+        }
 
 
 def _checked(data: Any, path: Path) -> dict[str, Any]:
@@ -214,7 +290,7 @@ def _checked(data: Any, path: Path) -> dict[str, Any]:
     for key, allowed in (("schema", (SCHEMA,)), ("status", STATUSES), ("kind", KINDS)):
         if data.get(key) not in allowed:
             raise ValueError(f"{key} is {str(data.get(key))[:40]!r}, not {' or '.join(map(str, allowed))}")
-    record = _completed(data, _blank())
+    record = _completed(data, Record().as_json())
     record["steps"] = [step for step in record["steps"] or [] if isinstance(step, dict)]
     if not isinstance(record["recipe"].get("name"), str):
         record["recipe"]["name"] = path.absolute().parent.name

@@ -9,36 +9,26 @@ not wait where the device does: there the parts come from a trace of the device 
 """
 
 import contextlib
-import gzip
-import json
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.distributed._functional_collectives as functional
 from torch.distributed.device_mesh import DeviceMesh
-from torch.profiler import ProfilerActivity, profile, record_function
 
+from parallel.actions import Action
 from parallel.collectives import gathered
+from parallel.measure.clock import Clock
+from parallel.measure.observer import Observer, Step
+from parallel.measure.record import Record
 from parallel.recipe import Recipe
+from parallel.torch_private import wrapped_waits
 
 OBSERVED_STEPS = 100  # the last ones, so that a run of a million steps keeps no more than these
 UNITS = {"forward": 1, "backward": 2, "backward_input": 1, "backward_weight": 1}  # of time, in the ideal
-
-
-class Action(NamedTuple):
-    """What a rank of the pipeline does with one microbatch."""
-
-    name: str  # forward; backward, or where that is split backward_input and backward_weight
-    stage: int
-    microbatch: int
 
 
 @dataclass
@@ -49,35 +39,35 @@ class _Step:
     waits: list[tuple[float, float]] = field(default_factory=list)
 
 
-class Timeline:
-    """Observes the steps of one rank.
-
-        with Timeline(recipe, device) as timeline:
-            timeline.begin()
-            ...  # a step; its pipeline calls `with timeline.around(action)`
-            timeline.end(step=..., seconds=...)
-        timeline.sections(mesh, steps=timed)
+class Timeline(Observer):
+    """Where the time of the median step went.
 
     Times are those of the wall clock, which ranks of a host share and which hosts keep within milliseconds.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device, *, mesh: DeviceMesh, clock: Clock) -> None:
+        self._mesh, self._clock = mesh, clock
         self._on_cuda = device.type == "cuda"
         # Compiled collectives wait where no clock of Python's sees it, and a clock within would break their graph.
         in_graph = recipe.train.compile != "none" and (recipe.parallel.tp > 1 or recipe.parallel.cp > 1)
         self._clocks_waits = not self._on_cuda and not in_graph
         self._steps: deque[_Step] = deque(maxlen=OBSERVED_STEPS)
         self._step = _Step()
-        self._patches = contextlib.ExitStack()
 
-    def __enter__(self) -> "Timeline":
-        if self._clocks_waits:
-            for owner, name in ((dist.Work, "wait"), (functional, "wait_tensor")):
-                self._patches.enter_context(mock.patch.object(owner, name, self._clocked(getattr(owner, name))))
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._patches.close()
+    @contextlib.contextmanager
+    def step(self, step: Step) -> Iterator[None]:
+        self._step = _Step(step.number)
+        self._began = time.time()
+        if self._on_cuda:
+            self._base = _event()
+        with wrapped_waits(self._clocked) if self._clocks_waits else contextlib.nullcontext():
+            yield
+        self._step.seconds = step.seconds
+        if self._on_cuda:  # and the clock has waited for it
+            self._step.actions = [
+                (action, self._time_of(start), self._time_of(end)) for action, start, end in self._step.actions
+            ]
+        self._steps.append(self._step)
 
     def _clocked(self, wait: Callable[..., Any]) -> Callable[..., Any]:
         def clocked(*arguments: Any, **options: Any) -> Any:
@@ -89,16 +79,9 @@ class Timeline:
 
         return clocked
 
-    def begin(self) -> None:
-        """A step begins; the device has nothing to do."""
-        self._step = _Step()
-        self._began = time.time()
-        if self._on_cuda:
-            self._base = _event()
-
     @contextlib.contextmanager
     def around(self, action: Action) -> Iterator[None]:
-        """`action` happens within. One that goes on where it stopped (a loss, after the last stage) stays one."""
+        """One that goes on where it stopped (a loss, after the last stage) stays one."""
         start = self._now()
         yield
         actions = self._step.actions
@@ -106,14 +89,10 @@ class Timeline:
             start = actions.pop()[1]
         actions.append((action, start, self._now()))
 
-    def end(self, *, step: int, seconds: float) -> None:
-        """The step with this number took so many seconds, and the device is done with it."""
-        self._step.number, self._step.seconds = step, seconds
-        if self._on_cuda:
-            self._step.actions = [
-                (action, self._time_of(start), self._time_of(end)) for action, start, end in self._step.actions
-            ]
-        self._steps.append(self._step)
+    def report(self, record: Record) -> None:
+        times = self.sections(steps=self._clock.timed())
+        record.throughput.step_parts = record.throughput.step_parts or times["step_parts"]
+        record.pipeline.bubble_fraction, record.pipeline.timeline = times["bubble_fraction"], times["timeline"]
 
     def _now(self) -> Any:
         return _event() if self._on_cuda else time.time()
@@ -121,7 +100,7 @@ class Timeline:
     def _time_of(self, event: torch.cuda.Event) -> float:
         return self._began + self._base.elapsed_time(event) / 1e3
 
-    def sections(self, mesh: DeviceMesh, *, steps: Sequence[int]) -> dict[str, Any]:
+    def sections(self, *, steps: Sequence[int]) -> dict[str, Any]:
         """Of that one of `steps` which is of median length: {step_parts, bubble_fraction, timeline}, or nulls.
 
         Collective. step_parts: {compute_seconds, communication_seconds, idle_seconds}, the mean over ranks; they add
@@ -138,17 +117,18 @@ class Timeline:
         busy_of_ranks = gathered(busy)
         times = [moment for of_rank in busy_of_ranks for interval in of_rank for moment in interval]
         window = (min(times), max(times)) if times else (0.0, 0.0)
-        idle = _length([window]) - _length(busy)
-        waits = _union(step.waits)  # one may wait within another
-        waited = _length(waits) - _overlap(waits, [window]) + _overlap(waits, busy)
+        idle = length([window]) - length(busy)
+        waits = union(step.waits)  # one may wait within another
+        waited = length(waits) - _overlap(waits, [window]) + _overlap(waits, busy)
         parts = gathered((step.seconds - idle - waited, waited, idle) if self._clocks_waits else None)
         sections: dict[str, Any] = {"step_parts": mean_parts(parts), "bubble_fraction": None, "timeline": None}
         if times:
-            sections["bubble_fraction"] = 1 - sum(map(_length, busy_of_ranks)) / (len(parts) * _length([window]))
-            sections["timeline"] = self._rows(step, mesh)
+            sections["bubble_fraction"] = 1 - sum(map(length, busy_of_ranks)) / (len(parts) * length([window]))
+            sections["timeline"] = self._rows(step)
         return sections
 
-    def _rows(self, step: _Step, mesh: DeviceMesh) -> list[dict[str, Any]]:
+    def _rows(self, step: _Step) -> list[dict[str, Any]]:
+        mesh = self._mesh
         assert mesh.mesh_dim_names is not None
         in_first_pipeline = all(mesh.get_local_rank(dim) == 0 for dim in mesh.mesh_dim_names if dim != "pp")
         of_ranks = gathered(step.actions if in_first_pipeline else [])
@@ -179,13 +159,24 @@ def _event() -> torch.cuda.Event:
 Interval = tuple[float, float]
 
 
-def _length(intervals: Iterable[Interval]) -> float:
+def length(intervals: Iterable[Interval]) -> float:
     return sum(end - start for start, end in intervals)
 
 
 def _overlap(some: Iterable[Interval], others: Sequence[Interval]) -> float:
     """Of intervals that do not overlap among themselves."""
     return sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in some for b in others)
+
+
+def union(intervals: Iterable[Interval]) -> list[Interval]:
+    """The same time, in intervals that do not overlap."""
+    union: list[Interval] = []
+    for start, end in sorted(intervals):
+        if union and start <= union[-1][1]:
+            union[-1] = (union[-1][0], max(end, union[-1][1]))
+        else:
+            union.append((start, end))
+    return union
 
 
 # ---- the ideal -----------------------------------------------------------------------------------------------------
@@ -224,56 +215,3 @@ def _ready(action: Action, done: Mapping[Action, int], n_stages: int) -> int | N
         return done.get(Action("forward", stage - 1, microbatch))
     later = (done.get(Action(half, stage + 1, microbatch)) for half in ("backward", "backward_input"))
     return next((when for when in later if when is not None), None)
-
-
-# ---- traces --------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def traced_step(path: Path, device: torch.device, *, name: str) -> Iterator[None]:
-    """Writes a trace of the step within to `path`, *.json.gz, for ui.perfetto.dev."""
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with profile(activities=activities) as profiler, record_function(name):
-        yield
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    profiler.export_chrome_trace(str(path))
-
-
-def parts_of_trace(path: Path) -> tuple[float, float, float] | None:
-    """Compute, exposed communication and idle seconds of the step in a trace of traced_step; None without a GPU.
-
-    Compute is the time in which any kernel runs that is not NCCL's. Of the rest, NCCL's collectives are exposed
-    communication, and all else is idle: a pipeline's messages, which are NCCL's sends and receives, and the host.
-    """
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
-    kernels = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    if not kernels:
-        return None
-    step = next(
-        event for event in events if event["name"].startswith("step ") and event.get("cat") == "user_annotation"
-    )
-    compute, collectives = [], []
-    for kernel in kernels:
-        start = max(kernel["ts"], step["ts"])
-        interval = (start, max(start, kernel["ts"] + kernel["dur"]))
-        if not kernel["name"].startswith("nccl"):
-            compute.append(interval)
-        elif "SendRecv" not in kernel["name"]:
-            collectives.append(interval)
-    compute = _union(compute)
-    compute_us, either_us = _length(compute), _length(_union([*compute, *collectives]))
-    parts = compute_us, either_us - compute_us, max(0.0, step["dur"] - either_us)
-    return parts[0] / 1e6, parts[1] / 1e6, parts[2] / 1e6
-
-
-def _union(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same time, in intervals that do not overlap."""
-    union: list[Interval] = []
-    for start, end in sorted(intervals):
-        if union and start <= union[-1][1]:
-            union[-1] = (union[-1][0], max(end, union[-1][1]))
-        else:
-            union.append((start, end))
-    return union

@@ -28,12 +28,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.collectives import all_gather, reduce_scatter
+from parallel.recipe import Context, ContextMethod
 from parallel.transformer import Block, Transformer, causal_attention
 
 aten = torch.ops.aten
 
 
-def local_positions(*, seq_len: int, cp: int, cp_rank: int, method: str) -> Tensor:
+def local_positions(*, seq_len: int, cp: int, cp_rank: int, method: ContextMethod) -> Tensor:
     """Which positions of the sequence rank `cp_rank` holds, in the order in which it holds them.
 
     ring and all-gather: chunks cp_rank and 2·cp-1-cp_rank of 2·cp (zig-zag); ulysses: chunk cp_rank of cp.
@@ -43,7 +44,7 @@ def local_positions(*, seq_len: int, cp: int, cp_rank: int, method: str) -> Tens
     return torch.cat([positions[part] for part in _local_slices(seq_len, cp, cp_rank, method)])
 
 
-def apply_context(model: Transformer, *, mesh: DeviceMesh, method: str) -> None:
+def apply_context(model: Transformer, *, mesh: DeviceMesh, method: ContextMethod) -> None:
     """Makes the attention of every block look across the ranks of `mesh` (one dimension, cp).
 
     Afterwards the model takes the tokens at `local_positions`, and gives their logits. The weights' gradients are then
@@ -53,16 +54,13 @@ def apply_context(model: Transformer, *, mesh: DeviceMesh, method: str) -> None:
     for block in model.blocks.values():
         assert isinstance(block, Block)
         block.attention.attend = attend
-    rotary = model.rotary
-    parts = _local_slices(len(rotary.positions), mesh.size(), mesh.get_local_rank(), method)
-    rotary.positions, rotary.cos, rotary.sin = (
-        torch.cat([table[part] for part in parts]) for table in (rotary.positions, rotary.cos, rotary.sin)
-    )
+    model.rotary.keep(_local_slices(len(model.rotary.positions), mesh.size(), mesh.get_local_rank(), method))
 
 
-def _local_slices(seq_len: int, cp: int, cp_rank: int, method: str) -> list[slice]:
+def _local_slices(seq_len: int, cp: int, cp_rank: int, method: ContextMethod) -> list[slice]:
     assert method in METHODS and 0 <= cp_rank < cp
-    chunks, n_chunks = ([cp_rank], cp) if method == "ulysses" else ([cp_rank, 2 * cp - 1 - cp_rank], 2 * cp)
+    zigzag = Context(method=method).zigzag
+    chunks, n_chunks = ([cp_rank, 2 * cp - 1 - cp_rank], 2 * cp) if zigzag else ([cp_rank], cp)
     assert seq_len % n_chunks == 0
     size = seq_len // n_chunks
     return [slice(chunk * size, (chunk + 1) * size) for chunk in chunks]
@@ -243,7 +241,7 @@ class _AllToAll(torch.autograd.Function):
         return _AllToAll.apply(grad, ctx.group), None
 
 
-METHODS: dict[str, Callable[..., Tensor]] = {
+METHODS: dict[ContextMethod, Callable[..., Tensor]] = {
     "ring": ring_attention,
     "all-gather": all_gather_attention,
     "ulysses": ulysses_attention,

@@ -36,11 +36,11 @@ from torch.distributed.pipelining import (
 from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
-from parallel.measure.timeline import Action
-from parallel.recipe import SINGLE_STAGE_SCHEDULES, V_SCHEDULES, Recipe
+from parallel.actions import Action
+from parallel.recipe import V_SCHEDULES, Recipe, Schedule
 from parallel.transformer import Transformer
 
-SCHEDULE_CLASSES: dict[str, Callable[..., Any]] = {
+SCHEDULE_CLASSES: dict[Schedule, Callable[..., Any]] = {
     "gpipe": ScheduleGPipe,
     "1f1b": Schedule1F1B,
     "interleaved-1f1b": ScheduleInterleaved1F1B,
@@ -62,7 +62,7 @@ def stage_layers(*, n_layers: int, n_stages: int) -> list[range]:
     return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
-def stages_of_rank(*, pp: int, pp_rank: int, stages_per_rank: int, schedule: str) -> list[int]:
+def stages_of_rank(*, pp: int, pp_rank: int, stages_per_rank: int, schedule: Schedule) -> list[int]:
     """The stages that a rank of the pipeline holds: r, r + pp, r + 2·pp, ..., or r and 2·pp - 1 - r on a V."""
     if schedule in V_SCHEDULES:
         return [pp_rank, 2 * pp - 1 - pp_rank]
@@ -74,7 +74,7 @@ def split_pipeline(model: Transformer, *, recipe: Recipe, pp_rank: int) -> list[
 
     Each is a Transformer that lacks what other stages hold; parameters keep the names they have in the whole model.
     With tied embeddings the first stage's embedding.weight and the last one's output.weight are two parameters that
-    must start equal (`weight_name`) and get the same gradient (`sum_tied_gradients`).
+    must start equal (transformer.weight_name) and get the same gradient (`sum_tied_gradients`).
     """
     layers = stage_layers(n_layers=recipe.model.n_layers, n_stages=recipe.n_stages)
     stages = []
@@ -98,23 +98,28 @@ def _stages_of_rank(recipe: Recipe, pp_rank: int) -> list[int]:
     )
 
 
-class _Stage(PipelineStage):
-    """Tells its step what it does, and when."""
+Act = Callable[[str, int, int], AbstractContextManager[None]]  # name, stage and microbatch of an Action
 
-    step: "PipelineStep"
+
+class _Stage(PipelineStage):
+    """Does what it does within `act`."""
+
+    def __init__(self, act: Act, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.act = act
 
     def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **options: Any) -> Any:
-        with self.step.action("forward", self.stage_index, fwd_chunk_id):
+        with self.act("forward", self.stage_index, fwd_chunk_id):
             return super().forward_one_chunk(fwd_chunk_id, *arguments, **options)
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
-        with self.step.action("backward" if full_backward else "backward_input", self.stage_index, bwd_chunk_id):
+        with self.act("backward" if full_backward else "backward_input", self.stage_index, bwd_chunk_id):
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
-        with self.step.action("backward_weight", self.stage_index, bwd_chunk_id):
+        with self.act("backward_weight", self.stage_index, bwd_chunk_id):
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
@@ -133,9 +138,9 @@ class PipelineStep:
     compute_dtype: type of the residual stream between stages.
     loss: logits and targets of a microbatch -> scalar, a sum over tokens already divided by the number of tokens of
         the step: microbatches are summed.
-    vocab_size: columns of this rank's logits, where they stay split for a vocabulary-parallel loss.
-
-    `observer`, if set, is called with each Action of this rank, which then happens within the context that it returns.
+    tokens, residual_tokens, vocab_size: of a sequence, of its residual stream, and columns of the logits, on this rank,
+        where other strategies split them.
+    around: is called with each Action of this rank, which then happens within the context that it returns.
     """
 
     def __init__(
@@ -147,40 +152,40 @@ class PipelineStep:
         device: torch.device,
         compute_dtype: torch.dtype,
         loss: Callable[[Tensor, Tensor], Tensor],
+        tokens: int | None = None,
+        residual_tokens: int | None = None,
         vocab_size: int | None = None,
+        around: Callable[[Action], AbstractContextManager[None]] = lambda _: nullcontext(),
     ) -> None:
-        self.observer: Callable[[Action], AbstractContextManager[None]] = lambda _: nullcontext()
+        self.around = around
         schedule, n_stages = recipe.pipeline.schedule, recipe.n_stages
         self.group, self.device = mesh.get_group(), device
         indices = _stages_of_rank(recipe, mesh.get_local_rank())
         assert len(indices) == len(stages)
         self.has_first, self.has_last = 0 in indices, n_stages - 1 in indices
-        self.rank_of_last = 0 if schedule in V_SCHEDULES else recipe.parallel.pp - 1
+        self.rank_of_last = 0 if recipe.pipeline.is_v else recipe.parallel.pp - 1
 
         # Shapes and types are told to torch, which would otherwise find them by an extra forward and backward.
         def example(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
 
-        b, t, d = recipe.micro_batch, recipe.train.seq_len // recipe.parallel.cp, recipe.model.d_model
-        split_sequence = recipe.parallel.tp > 1 and recipe.tensor.sequence_parallel
-        t_hidden = t // recipe.parallel.tp if split_sequence else t
-        tokens = example(b, t, dtype=torch.int64)
-        hidden = example(b, t_hidden, d, dtype=compute_dtype)
+        b, t, d = recipe.micro_batch, tokens or recipe.train.seq_len, recipe.model.d_model
+        first_in = example(b, t, dtype=torch.int64)
+        hidden = example(b, residual_tokens or t, d, dtype=compute_dtype)
         logits = example(b, t, vocab_size or recipe.model.vocab_size, dtype=compute_dtype)
         torch_stages = [
             _Stage(
+                self.action,
                 stage,
                 index,
                 n_stages,
                 device,
-                input_args=tokens if index == 0 else hidden,
+                input_args=first_in if index == 0 else hidden,
                 output_args=logits if index == n_stages - 1 else hidden,
                 group=self.group,
             )
             for index, stage in zip(indices, stages, strict=True)
         ]
-        for stage in torch_stages:
-            stage.step = self
 
         def last_forward(logits: Tensor, targets: Tensor) -> Tensor:
             # torch computes the loss after the last stage's forward: it is a part of it.
@@ -188,7 +193,7 @@ class PipelineStep:
                 return loss(logits, targets)
 
         self.schedule = SCHEDULE_CLASSES[schedule](
-            torch_stages[0] if schedule in SINGLE_STAGE_SCHEDULES else torch_stages,
+            torch_stages[0] if recipe.pipeline.single_stage else torch_stages,
             recipe.n_microbatches,
             loss_fn=last_forward,
             scale_grads=False,
@@ -199,7 +204,7 @@ class PipelineStep:
         """Within, this rank does that: in traces, and to whoever observes."""
         self._microbatch = microbatch
         span = record_function(f"{name} stage {stage} microbatch {microbatch}")
-        with span, self.observer(Action(name, stage, microbatch)):
+        with span, self.around(Action(name, stage, microbatch)):
             yield
 
     def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -222,11 +227,6 @@ class PipelineStep:
 
 
 # ---- tied embeddings ----------------------------------------------------------------------------------------------
-
-
-def weight_name(name: str, *, recipe: Recipe) -> str:
-    """The name under which the initial value of parameter `name` is known: a tied output starts as the embedding."""
-    return "embedding.weight" if recipe.model.tied_embeddings and name == "output.weight" else name
 
 
 def tied_copies(stages: list[Transformer], *, recipe: Recipe) -> list[nn.Parameter]:

@@ -9,18 +9,18 @@ arXiv:1604.06174). Gradients stay bit-equal.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from parallel.recipe import Recompute
-from parallel.transformer import Transformer
+from parallel.recipe import Operation, Recompute
+from parallel.transformer import Block, Rotary, Transformer, walk
 
 aten = torch.ops.aten
-OPERATIONS: dict[str, tuple[Any, ...]] = {
+OPERATIONS: dict[Operation, tuple[Any, ...]] = {
     "matmul": (aten.mm.default, aten.addmm.default, aten.bmm.default),
     "attention": (
         aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -36,13 +36,12 @@ def apply_recompute(model: Transformer, options: Recompute) -> None:
     blocks = list(model.blocks.values())
     if options.mode == "sqrt":
         # One checkpoint spans several blocks, so it is the model's walk over them that changes.
-        model.run_blocks = functools.partial(_run_groups, model, math.ceil(math.sqrt(len(blocks))))  # type: ignore[method-assign]
+        model.walk = functools.partial(_walk_in_groups, math.ceil(math.sqrt(len(blocks))))
         return
     every = 1 if options.mode == "selective" else options.every
-    for i, block in enumerate(blocks):
-        if every and i % every == 0:
-            again = _selective(options.save) if options.mode == "selective" else _recomputed
-            block.forward = functools.partial(again, block.forward)
+    for block in blocks[::every] if every else ():
+        assert isinstance(block, Block)
+        block.run = _selective(options.save) if options.mode == "selective" else _recomputed
 
 
 def _recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -50,7 +49,7 @@ def _recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
-def _selective(save: tuple[str, ...]) -> Callable[..., Tensor]:
+def _selective(save: tuple[Operation, ...]) -> Callable[..., Tensor]:
     kept = {operation for name in save for operation in OPERATIONS[name]}
 
     def policy(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
@@ -64,13 +63,8 @@ def _selective(save: tuple[str, ...]) -> Callable[..., Tensor]:
     return recomputed
 
 
-def _run_groups(model: Transformer, size: int, x: Tensor) -> Tensor:
-    def run(group: list[nn.Module], x: Tensor) -> Tensor:
-        for block in group:
-            x = block(x, model.rotary)
-        return x
-
-    blocks = list(model.blocks.values())
-    for start in range(0, len(blocks), size):
-        x = _recomputed(run, blocks[start : start + size], x)
+def _walk_in_groups(size: int, blocks: Iterable[nn.Module], x: Tensor, rotary: Rotary) -> Tensor:
+    every_block = list(blocks)
+    for start in range(0, len(every_block), size):
+        x = _recomputed(walk, every_block[start : start + size], x, rotary)
     return x

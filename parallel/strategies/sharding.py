@@ -34,10 +34,9 @@ def apply_sharding(
     blocks = list(model.blocks.values())
     for block in blocks:
         shard(block, reshard_after_forward=reshard_after_forward)
-    tied = model.embedding is not None and model.output is not None and model.shape.tied_embeddings
-    if model.embedding is not None and not tied:
+    if model.embedding is not None and not model.tied:
         shard(model.embedding, reshard_after_forward=reshard_after_forward)
-    if model.norm is not None and model.output is not None and not tied:
+    if model.norm is not None and model.output is not None and not model.tied:
         # Last in forward, first in backward: dropping these weights between the two would gain nothing.
         shard([model.norm, model.output], reshard_after_forward=False)
     shard(model, reshard_after_forward=False)
@@ -48,7 +47,7 @@ def apply_sharding(
             unit.set_modules_to_backward_prefetch(units[max(0, i - prefetch) : i][::-1])
 
 
-def before_microbatch(model: Transformer, *, last: bool) -> None:
+def before_microbatch(model: Transformer, last: bool) -> None:
     """HSDP: only the last microbatch's gradient travels between replicas; the sums before it stay in the shards."""
     assert isinstance(model, FSDPModule)
     model.set_requires_all_reduce(last)

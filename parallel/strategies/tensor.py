@@ -38,41 +38,53 @@ def apply_tensor(model: Transformer, *, mesh: DeviceMesh, sequence_parallel: boo
     before = _gather_sequence if sequence_parallel else _sum_gradient
     after = _scatter_sequence if sequence_parallel else _sum
 
+    def norm(whole: RMSNorm) -> LocalNorm:
+        return LocalNorm(whole, mesh, group if sequence_parallel else None)
+
     for block in model.blocks.values():
         assert isinstance(block, Block)
-        for linear in (block.attention.q, block.attention.k, block.attention.v, block.mlp.gate, block.mlp.up):
-            _split_linear(linear, mesh, Shard(0))
-        for linear in (block.attention.out, block.mlp.down):
-            _split_linear(linear, mesh, Shard(1))
-        for pair in (block.attention, block.mlp):
+        attention, mlp = block.attention, block.mlp
+        attention.q, attention.k, attention.v, mlp.gate, mlp.up = (
+            LocalLinear(linear, mesh, Shard(0)) for linear in (attention.q, attention.k, attention.v, mlp.gate, mlp.up)
+        )
+        attention.out, mlp.down = (LocalLinear(linear, mesh, Shard(1)) for linear in (attention.out, mlp.down))
+        for pair in (attention, mlp):
             _communicate(pair, group, before=before, after=after)
-        for norm in (block.attention_norm, block.mlp_norm):
-            _replicate_norm(norm, mesh, sequence_parallel)
+        block.attention_norm, block.mlp_norm = norm(block.attention_norm), norm(block.mlp_norm)
 
     if model.embedding is not None:
-        _as_dtensor(model.embedding, mesh, Shard(0))
-        model.embedding.__class__ = VocabParallelEmbedding
+        model.embedding = VocabParallelEmbedding(model.embedding, mesh)
         _communicate(model.embedding, group, after=after)
     if model.output is not None and model.norm is not None:
-        _replicate_norm(model.norm, mesh, sequence_parallel)
-        if model.embedding is not None and model.shape.tied_embeddings:
-            model.output.weight = model.embedding.weight
-        else:
-            _as_dtensor(model.output, mesh, Shard(0))
-        model.output.__class__ = LocalLinear
+        model.norm, model.output = norm(model.norm), LocalLinear(model.output, mesh, Shard(0))
+        model.tie()
         _communicate(model.output, group, before=before)
+
+
+def residual_tokens(tokens: int, *, tp: int, sequence_parallel: bool) -> int:
+    """Of so many tokens of a sequence, those that the residual stream of a rank holds."""
+    return tokens // tp if sequence_parallel else tokens
 
 
 # ---- modules that compute on the local part of a DTensor weight -----------------------------------------------------
 
 
 class LocalLinear(Linear):
+    def __init__(self, whole: Linear, mesh: DeviceMesh, placement: Placement) -> None:
+        nn.Module.__init__(self)  # and not Linear's, which makes a weight
+        self.weight = _as_dtensor(whole.weight, mesh, placement)
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, local_part(self.weight).to(x.dtype))
 
 
 class LocalNorm(RMSNorm):
-    group: dist.ProcessGroup | None  # set with sequence parallelism: each rank's weight gradient covers its tokens only
+    """group: with sequence parallelism, where each rank's weight gradient covers its tokens only."""
+
+    def __init__(self, whole: RMSNorm, mesh: DeviceMesh, group: dist.ProcessGroup | None) -> None:
+        nn.Module.__init__(self)
+        self.eps, self.group = whole.eps, group
+        self.weight = _as_dtensor(whole.weight, mesh, Replicate())
 
     def forward(self, x: Tensor) -> Tensor:
         weight = local_part(self.weight)
@@ -83,6 +95,11 @@ class LocalNorm(RMSNorm):
 
 class VocabParallelEmbedding(Embedding):
     """Looks up the tokens among its own rows and gives zero for the others: the sum over ranks is the embedding."""
+
+    def __init__(self, whole: Embedding, mesh: DeviceMesh) -> None:
+        nn.Module.__init__(self)
+        self.compute_dtype = whole.compute_dtype
+        self.weight = _as_dtensor(whole.weight, mesh, Shard(0))
 
     def forward(self, tokens: Tensor) -> Tensor:
         rows = local_part(self.weight)
@@ -101,29 +118,15 @@ def rows_of_rank(n_rows: int, mesh: DeviceMesh) -> range:
     return part_of(n_rows, mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1))
 
 
-def _split_linear(linear: Linear, mesh: DeviceMesh, placement: Placement) -> None:
-    _as_dtensor(linear, mesh, placement)
-    linear.__class__ = LocalLinear
-
-
-def _replicate_norm(norm: RMSNorm, mesh: DeviceMesh, sequence_parallel: bool) -> None:
-    _as_dtensor(norm, mesh, Replicate())
-    norm.__class__ = LocalNorm
-    assert isinstance(norm, LocalNorm)
-    norm.group = mesh.get_group() if sequence_parallel else None
-
-
-def _as_dtensor(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> None:
-    """Puts this rank's part of `module.weight` in its place, as a DTensor. The last part may be smaller."""
-    whole = module.weight
-    assert isinstance(whole, nn.Parameter)
-    part = whole.detach()
+def _as_dtensor(weight: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
+    """This rank's part of the whole `weight`, as a DTensor. The last part may be smaller."""
+    whole = weight.detach()
+    part = whole
     if isinstance(placement, Shard):
         part = part.chunk(mesh.size(), dim=placement.dim)[mesh.get_local_rank()].clone()
-    weight = DTensor.from_local(
-        part, mesh, [placement], run_check=False, shape=whole.shape, stride=whole.detach().stride()
+    return nn.Parameter(
+        DTensor.from_local(part, mesh, [placement], run_check=False, shape=whole.shape, stride=whole.stride())
     )
-    module.weight = nn.Parameter(weight)
 
 
 def _communicate(

@@ -1,0 +1,51 @@
+"""Who executes a step: what the loop, the proof and the measures ask of it."""
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from parallel.measure.observer import Observer, Step, nested
+from parallel.recipe import Recipe
+
+
+class Engine(Protocol):
+    recipe: Recipe
+    mesh: DeviceMesh  # of build_mesh
+    optimizer: torch.optim.Optimizer
+    observers: list[Observer]  # of the actions of a pipeline
+
+    def gradients(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Computes those of the mean loss of the global batch; that loss, on every rank.
+
+        tokens, targets: what this rank's replica trains on in one step, int64 (replica_batch, seq_len).
+        """
+        ...
+
+    def update(self) -> Tensor:
+        """Clips, takes the optimizer's step; the global gradient norm before clipping, on every rank."""
+        ...
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """This rank's, under their names in the whole model; two copies of one weight bear the same name."""
+        ...
+
+    def gradient(self, name: str) -> list[Tensor]:
+        """This rank's gradients of the parameter of that name, since `gradients`: none, one, or one of each copy.
+
+        Each is a DTensor that knows which part of the whole it is, or whole.
+        """
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """All that training changes: parameters by name, and the optimizer's state as "<name>.<its key>"."""
+        ...
+
+
+def run_step(engine: Engine, step: Step, batch: Callable[[int], Iterable[Tensor]]) -> None:
+    """One optimizer step, within the engine's observers. batch: number of a step -> tokens and targets."""
+    with nested(observer.step(step) for observer in engine.observers):
+        step.loss = engine.gradients(*batch(step.number))
+        step.grad_norm = engine.update()

@@ -1,0 +1,71 @@
+"""The lab's own engine: the model as `assemble` splits it, and AdamW."""
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.profiler import record_function
+
+from parallel.actions import Action
+from parallel.assemble import assemble
+from parallel.measure.observer import Observer, nested
+from parallel.recipe import Recipe
+from parallel.transformer import Transformer
+from parallel.weights import load_initial_weights
+
+
+class NativeEngine:
+    """See Engine. load: moves a stage of the model from meta to the device."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        mesh: DeviceMesh,
+        device: torch.device,
+        load: Callable[[Transformer, Recipe, torch.device], None] = load_initial_weights,
+    ) -> None:
+        self.recipe, self.mesh = recipe, mesh
+        self.observers: list[Observer] = []
+        around = functools.partial(_around, self.observers)
+        self.model = assemble(recipe, mesh=mesh, device=device, load=load, around=around)
+        train = recipe.train
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            [parameter for _, parameter in self.named_parameters()],
+            lr=train.learning_rate,
+            weight_decay=train.weight_decay,
+            fused=train.adamw == "fused",
+            foreach=train.adamw == "foreach",
+        )
+
+    def gradients(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        self.model.zero_gradients()
+        return self.model.forward_backward(tokens, targets)
+
+    def update(self) -> Tensor:
+        norm = self.model.gradient_norm()
+        if self.recipe.train.grad_clip:
+            self.model.clip_gradients(norm=norm, largest=self.recipe.train.grad_clip)
+        with record_function("optimizer"):
+            self.optimizer.step()
+        return norm
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return self.model.named_parameters()
+
+    def gradient(self, name: str) -> list[Tensor]:
+        return self.model.gradient(name)
+
+    def state(self) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.named_parameters():
+            state[name] = parameter
+            state |= {f"{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
+        return state
+
+
+def _around(observers: list[Observer], action: Action) -> AbstractContextManager[None]:
+    return nested(observer.around(action) for observer in observers)

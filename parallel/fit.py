@@ -1,0 +1,37 @@
+"""Does a recipe fit into the memory of its accelerators? A dry run of each kind of rank tells."""
+
+from collections.abc import Callable
+
+from parallel.dryrun import measure_each
+from parallel.kinds import distinct_ranks
+from parallel.recipe import Recipe, RecipeError
+
+REMEDIES = {
+    "parameters": "more of dp_shard, tp or pp",
+    "gradients": "more of dp_shard, tp or pp",
+    "optimizer": "more of dp_shard, tp or pp",
+    "activations": "a smaller train.micro_batch, recompute.mode, or more of tp or cp",
+    "other": "sharding.reshard_after_forward, a smaller sharding.prefetch, or more of tp or pp",
+}
+
+
+def refuse_too_large(recipe: Recipe, *, memory_bytes: int, given: str, say: Callable[[str], None]) -> dict[str, int]:
+    """The memory of the rank that needs most: {rank, peak_bytes, parameters_bytes, ...}, from a dry run of each kind.
+
+    given: what the user wrote for memory_bytes. Raises RecipeError for the first rank for which it is not enough.
+    """
+    fullest: dict[str, int] = {"peak_bytes": 0}
+    for rank, measures in measure_each(recipe, list(distinct_ranks(recipe)), say):
+        memory = measures.memory
+        if memory["peak_bytes"] > memory_bytes:
+            parts = sorted(REMEDIES, key=lambda part: -memory[f"{part}_bytes"])
+            split = ", ".join(f"{part} {memory[f'{part}_bytes'] / 2**30:.3g}" for part in parts)
+            raise RecipeError(
+                "--memory",
+                given,
+                f"rank {rank} of {recipe.name} needs {memory['peak_bytes'] / 2**30:.4g} GiB ({split}), and an"
+                f" allocator takes some more; for {parts[0]} take {REMEDIES[parts[0]]}",
+            )
+        if memory["peak_bytes"] > fullest["peak_bytes"]:
+            fullest = {"rank": rank, **memory}
+    return fullest

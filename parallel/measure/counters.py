@@ -1,0 +1,140 @@
+"""What one step of a rank computes, holds and sends: the same counters for a run and for a dry run."""
+
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from parallel.actions import Action
+from parallel.measure.flops import FlopCounter, flops_section
+from parallel.measure.hardware import Peak
+from parallel.measure.memory import UNTRACKED, MemoryTracker, allocator_peaks, memory_section, reset_allocator_peaks
+from parallel.measure.observer import Observer, Step
+from parallel.measure.record import Record
+from parallel.measure.timeline import ideal_bubble
+from parallel.measure.traffic import TrafficLog
+from parallel.recipe import Recipe
+
+
+class Measures(NamedTuple):
+    """Of one step of one rank."""
+
+    flops: int
+    memory: dict[str, Any]  # peak_bytes, and parameters_bytes, ... at that peak; the CUDA allocator's own peaks
+    traffic: list[dict[str, Any]] | None  # {mesh_dim, collective, calls, bytes_per_rank}
+    actions: list[Action]  # of the pipeline, in order
+
+
+class Counters(Observer):
+    """Counts, which slows it down, the `nth` step that it sees: the second, for the first makes the optimizer's state.
+
+    Compiled code makes tensors where no tracker sees them: there FLOPs alone are counted, and memory and traffic are
+    None but for the allocator's own peaks.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        parameters: Iterable[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        *,
+        mesh: DeviceMesh,
+        device: torch.device,
+        nth: int = 2,
+    ) -> None:
+        self._compiled = recipe.train.compile != "none"
+        self._parameters, self._optimizer, self._mesh, self._device = list(parameters), optimizer, mesh, device
+        self._left = nth
+        self._actions: list[Action] = []
+        self.number: int | None = None  # of the step that was counted
+        self.measures: Measures | None = None
+
+    @contextlib.contextmanager
+    def step(self, step: Step) -> Iterator[None]:
+        self._left -= 1
+        if self._left != 0:
+            yield
+            return
+        self.number = step.number
+        self._actions = []
+        reset_allocator_peaks(self._device)
+        with FlopCounter() as flops:
+            if self._compiled:
+                yield
+                memory, traffic = dict[str, Any](UNTRACKED), None
+            else:
+                with (
+                    TrafficLog(self._mesh) as log,
+                    MemoryTracker(self._parameters, self._optimizer, device=self._device) as tracker,
+                ):
+                    yield
+                memory, traffic = tracker.peak(), log.rows()
+        peaks = {**memory, **allocator_peaks(self._device)}
+        self.measures = Measures(flops.flops, peaks, traffic, self._actions)
+
+    def around(self, action: Action) -> contextlib.AbstractContextManager[None]:
+        if self._left == 0 and self._actions[-1:] != [action]:  # a loss goes on with the last stage's forward
+            self._actions.append(action)
+        return contextlib.nullcontext()
+
+
+def fill_in(
+    record: Record,
+    recipe: Recipe,
+    counted: Mapping[int, Measures],
+    *,
+    kinds: Mapping[int, int],
+    step: int | None,
+    peak: Peak,
+    ceiling: float | None,
+    note: str | None,
+) -> None:
+    """Gives `record`, of a run or a dry run, the sections flops, memory, traffic and pipeline.
+
+    counted: by rank; none where nothing was counted. kinds: ranks that say everything, and how many are like each: what
+    is a sum or an extreme over all is null where one of them was not counted. peak: of a rank's device; ceiling: FLOP/s
+    of the fastest product measured there. The record's step seconds, if it has any, are those of MFU and HFU.
+    """
+    complete = kinds.keys() <= counted.keys()
+
+    def flops(peak: Peak) -> None:
+        record.flops = flops_section(
+            recipe,
+            hardware_flops_per_step=sum(n * counted[rank].flops for rank, n in kinds.items()) if complete else None,
+            step_seconds=record.throughput.step_seconds.median,
+            peak=peak,
+            matmul_ceiling_flops=ceiling,
+        )
+
+    try:
+        flops(peak)
+    except ValueError as error:  # more ran than the peak allows: then no share of it is worth a number
+        flops(Peak(None, str(error)))
+    if not counted or step is None:
+        return
+    record.memory = memory_section(
+        [{"rank": rank, **one.memory} for rank, one in counted.items()], step=step, note=note
+    )
+    if not complete:
+        record.memory.max_peak_bytes = record.memory.min_peak_bytes = None
+    record.traffic = largest_traffic([one.traffic for one in counted.values()])
+    orders = {frozenset(action.stage for action in one.actions): one.actions for one in counted.values() if one.actions}
+    if sum(map(len, orders)) == recipe.n_stages > 1:  # of every rank of the pipeline
+        record.pipeline.bubble_fraction_ideal = ideal_bubble(list(orders.values()))
+
+
+def largest_traffic(of_ranks: Sequence[list[dict[str, Any]] | None]) -> list[dict[str, Any]] | None:
+    """The `traffic` of a record: of each kind of message, the row of the rank that sends most."""
+    known = [rows for rows in of_ranks if rows is not None]
+    if len(known) < len(of_ranks):
+        return None
+    largest: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in itertools.chain(*known):
+        key = (row["mesh_dim"], row["collective"])
+        if key not in largest or (row["bytes_per_rank"] or 0) > (largest[key]["bytes_per_rank"] or 0):
+            largest[key] = row
+    return [row for _, row in sorted(largest.items())]

@@ -1,0 +1,76 @@
+"""What a run says of its steps: in steps.jsonl, on the terminal, in the record; and when it must end."""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from parallel.measure.observer import Observer, Step
+from parallel.measure.record import Record, finite
+from parallel.process import say
+
+KEPT_STEPS = 10_000  # in the record, evenly spaced
+
+
+class Diverged(ArithmeticError):
+    """Nothing that is computed from here on means anything."""
+
+
+class FiniteCheck(Observer):
+    """Ends the run, with Diverged, at the first loss or gradient norm that is no finite number."""
+
+    @contextlib.contextmanager
+    def step(self, step: Step) -> Iterator[None]:
+        yield
+        loss, norm = step.loss.item(), step.grad_norm.item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise Diverged(f"step {step.number} gave loss {loss:g} and gradient norm {norm:g}; the run has diverged")
+
+
+class Journal(Observer):
+    """A line of steps.jsonl for each step, and the steps of the record: all, or of a long run evenly spaced ones."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rows: list[dict[str, Any]] = []
+        self._stride = 1
+        self._n_steps = 0
+
+    @contextlib.contextmanager
+    def step(self, step: Step) -> Iterator[None]:
+        yield
+        row = {
+            "step": step.number,
+            "loss": step.loss.item(),
+            "grad_norm": step.grad_norm.item(),
+            "seconds": step.seconds,
+        }
+        if dist.get_rank() == 0:
+            with self._path.open("a") as file:
+                file.write(json.dumps(finite(row)) + "\n")
+        if self._n_steps % self._stride == 0:
+            self._rows.append(row)
+        self._n_steps += 1
+        if len(self._rows) > KEPT_STEPS:
+            self._rows, self._stride = self._rows[::2], 2 * self._stride
+        self._last = row
+
+    def report(self, record: Record) -> None:
+        record.steps = self._rows + ([self._last] if self._rows and self._rows[-1] is not self._last else [])
+
+
+class Progress(Observer):
+    """Rank 0 prints a line a step."""
+
+    def __init__(self, n_steps: int) -> None:
+        self._n_steps = n_steps
+
+    @contextlib.contextmanager
+    def step(self, step: Step) -> Iterator[None]:
+        yield
+        number = f"{step.number:{len(str(self._n_steps))}}/{self._n_steps}"
+        say(f"step {number}  loss {step.loss:.4f}  grad_norm {step.grad_norm:.4f}  {step.seconds:.3f} s")

@@ -1,0 +1,71 @@
+"""A trace of one step, for ui.perfetto.dev, and what a GPU's says of the step's parts."""
+
+import contextlib
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from parallel.collectives import gathered
+from parallel.measure.clock import Clock
+from parallel.measure.observer import Observer, Step
+from parallel.measure.record import Record
+from parallel.measure.timeline import length, mean_parts, union
+from parallel.process import say
+
+
+class Trace(Observer):
+    """Each rank writes its trace of step `number` to `folder`/trace-rank-<r>.json.gz."""
+
+    def __init__(self, folder: Path, device: torch.device, *, number: int, clock: Clock) -> None:
+        self._path, self._device = folder / f"trace-rank-{dist.get_rank()}.json.gz", device
+        self._number, self._clock = number, clock
+
+    @contextlib.contextmanager
+    def step(self, step: Step) -> Iterator[None]:
+        if step.number != self._number:
+            yield
+            return
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._device.type == "cuda" else [])]
+        with profile(activities=activities) as profiler, record_function(f"step {step.number}"):
+            yield  # the clock, within, has waited for the device
+        profiler.export_chrome_trace(str(self._path))
+        self._clock.leave_out(step.number, "profile")
+        dist.barrier()  # the next step shall not wait for whoever still writes
+        say(f"step {step.number}: traces in {self._path.parent}/trace-rank-*.json.gz, for ui.perfetto.dev")
+
+    def report(self, record: Record) -> None:
+        if self._device.type == "cuda":
+            record.throughput.step_parts = mean_parts(gathered(parts_of_trace(self._path)))
+
+
+def parts_of_trace(path: Path) -> tuple[float, float, float] | None:
+    """Compute, exposed communication and idle seconds of the step in a trace of traced_step; None without a GPU.
+
+    Compute is the time in which any kernel runs that is not NCCL's. Of the rest, NCCL's collectives are exposed
+    communication, and all else is idle: a pipeline's messages, which are NCCL's sends and receives, and the host.
+    """
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
+    kernels = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    if not kernels:
+        return None
+    step = next(
+        event for event in events if event["name"].startswith("step ") and event.get("cat") == "user_annotation"
+    )
+    compute, collectives = [], []
+    for kernel in kernels:
+        start = max(kernel["ts"], step["ts"])
+        interval = (start, max(start, kernel["ts"] + kernel["dur"]))
+        if not kernel["name"].startswith("nccl"):
+            compute.append(interval)
+        elif "SendRecv" not in kernel["name"]:
+            collectives.append(interval)
+    compute = union(compute)
+    compute_us, either_us = length(compute), length(union([*compute, *collectives]))
+    parts = compute_us, either_us - compute_us, max(0.0, step["dur"] - either_us)
+    return parts[0] / 1e6, parts[1] / 1e6, parts[2] / 1e6

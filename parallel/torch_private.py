@@ -1,0 +1,166 @@
+"""Everything here that depends on torch's private parts, of 2.11 to 2.13: when torch changes, this is the file to read.
+
+A patch holds within its context manager alone.
+"""
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+import torch._functorch.config as functorch_config
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+from torch import Tensor
+
+Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]  # a function -> the one that takes its place
+
+
+def _wrapped(owner: Any, name: str, wrapper: Wrapper) -> contextlib.AbstractContextManager[Any]:
+    return mock.patch.object(owner, name, wrapper(getattr(owner, name)))
+
+
+# ---- observing -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def wrapped_waits(wrapper: Wrapper) -> Iterator[None]:
+    """Within, whoever waits for a collective waits in wrapper(wait)."""
+    with _wrapped(dist.Work, "wait", wrapper), _wrapped(functional, "wait_tensor", wrapper):
+        yield
+
+
+@contextlib.contextmanager
+def wrapped_storages(*, resize: Wrapper, propagate: Wrapper) -> Iterator[None]:
+    """Within, two things happen in the functions given that no dispatch mode tells from others, or sees at all.
+
+    resize: FSDP2 frees and regrows gathered weights by resizing their storage, which is no operator. propagate: DTensor
+    runs each new operator once on FakeTensors of the global shape, to learn that of its result.
+    """
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
+    with (
+        _wrapped(torch.UntypedStorage, "resize_", resize),
+        _wrapped(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagate),
+    ):
+        yield
+
+
+def n_compiled_graphs() -> int:
+    """Graphs that torch.compile has made in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # takes half a second to import
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+
+
+# ---- torch.compile -------------------------------------------------------------------------------------------------
+
+
+def safe_guards() -> None:
+    """Turns a short cut of torch 2.11's guards off that reads freed memory; later ones have it off. pytorch#181873"""
+    import torch._dynamo.config as dynamo_config  # half a second, and of use where something is compiled alone
+
+    dynamo_config.use_recursive_dict_tags_for_guards = False
+
+
+def no_cached_graphs() -> contextlib.AbstractContextManager[Any]:
+    """Within, nothing compiled comes from disk: graphs are found there whatever attention kernel they were made for."""
+    return functorch_config.patch(enable_autograd_cache=False)
+
+
+# ---- meshes --------------------------------------------------------------------------------------------------------
+
+
+def silence_flattening() -> None:
+    """FSDP2 itself slices the flattened dimension that it is given, and is then told that this will change."""
+    warnings.filterwarnings("ignore", message="Slicing a flattened dim", category=UserWarning)
+
+
+def forget_meshes() -> None:
+    """Clears DTensor's caches, which remember meshes: an equal one would get the dead groups of the last."""
+    from torch.distributed.tensor import debug
+
+    debug._clear_sharding_prop_cache()
+
+
+# ---- dry runs ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def fake_group(*, rank: int, world_size: int) -> Iterator[None]:
+    """Within, this process is `rank` of a world whose collectives return at once, on fake tensors too."""
+    import torch.distributed._tools.fake_collectives  # noqa: F401  teaches fake tensors the collectives
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        with _lazy_chunks(), _static_stages(), _messages_hold():
+            yield
+    finally:
+        dist.destroy_process_group()
+        forget_meshes()
+
+
+class _Chunks:
+    """torch.chunk as a list that makes only the chunks it is asked for; those past the end are empty."""
+
+    def __init__(self, tensor: Tensor, n_chunks: int, dim: int) -> None:
+        self.tensor, self.dim, self.size = tensor, dim, -(-tensor.shape[dim] // n_chunks)
+
+    def __getitem__(self, i: int) -> Tensor:
+        left = self.tensor.shape[self.dim] - i * self.size
+        return (
+            self.tensor.narrow(self.dim, i * self.size, min(self.size, left)) if left > 0 else self.tensor.new_empty(0)
+        )
+
+
+def _lazy_chunks() -> contextlib.AbstractContextManager[Any]:
+    """FSDP cuts each parameter in as many tensors as there are ranks, and takes one: minutes at 16,384 ranks."""
+    import torch.distributed.fsdp._fully_shard._fsdp_param as fsdp_param
+
+    return mock.patch.object(fsdp_param, "_chunk_with_empty", _Chunks)
+
+
+@contextlib.contextmanager
+def _static_stages() -> Iterator[None]:
+    """From torch 2.12 on stages vote on whether they know their shapes (ours do), and read the result from a tensor."""
+    import torch.distributed.pipelining.schedules as schedules
+
+    if not hasattr(schedules._PipelineSchedule, "_warmup_p2p"):
+        yield
+        return
+    from torch.distributed.pipelining._utils import InferenceMode
+
+    def elect(_schedule: Any, stages: list[Any], *_: Any) -> None:
+        for stage in stages:
+            stage._inference_mode = InferenceMode.STATIC
+
+    with mock.patch.object(schedules._PipelineSchedule, "_warmup_p2p", elect):
+        yield
+
+
+class _Held:
+    """Stands among the works of a batch of messages, and keeps their tensors alive as long as real works do."""
+
+    def __init__(self, messages: Sequence[dist.P2POp]) -> None:
+        self.tensors = [message.tensor for message in messages]
+
+    def wait(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _messages_hold() -> Iterator[None]:
+    """A real message keeps its tensor until its work is forgotten; the fake group's are done, and keep nothing."""
+    import torch.distributed.pipelining.schedules as schedules
+
+    def holding(send: Callable[..., Any]) -> Callable[..., Any]:
+        def sent(messages: list[dist.P2POp], *arguments: Any, **options: Any) -> list[Any]:
+            return [*send(messages, *arguments, **options), _Held(messages)]
+
+        return sent
+
+    with _wrapped(dist, "batch_isend_irecv", holding), _wrapped(schedules, "_batch_p2p", holding):
+        yield
