@@ -92,6 +92,10 @@ def variant_order(folder: Path) -> list[str]:
     return list(names)
 
 
+def rank_log(folder: Path, rank: int) -> Path:
+    return folder / "logs" / f"rank-{rank}.log"
+
+
 def recipe_toml(recipe: Recipe) -> str:
     """The resolved recipe as a TOML file, which can be run again."""
     lines = []

@@ -2,9 +2,12 @@
 
 import argparse
 import difflib
+import functools
 import math
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from parallel.recipe import RecipeError
@@ -55,11 +58,17 @@ def n_bytes(key: str, text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** (1 + "KMGT".index(prefix)))
 
 
-# ---- what every rank is told, too -----------------------------------------------------------------------------------
+# ---- options of several commands ------------------------------------------------------------------------------------
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="over the file, as train.steps=5; repeat it"
+    )
 
 
 def add_rank_options(parser: argparse.ArgumentParser) -> None:
-    """The options that `lab run` and `lab compare` hand on to launch.train."""
+    """Those that `lab run` and `lab compare` hand on to launch.train."""
     parser.add_argument(
         "--peak-flops",
         metavar="FLOPS",
@@ -69,11 +78,17 @@ def add_rank_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", action="store_true", help="each rank writes a trace of step 4, which ui.perfetto.dev shows"
     )
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs"), help="results; default: runs")
 
 
 def rank_options(arguments: argparse.Namespace) -> list[str]:
-    """Those options, checked, as a command line has them. Raises RecipeError."""
+    """Those options but --out, checked, as a command line has them. Raises RecipeError."""
     peak_flops = arguments.peak_flops
     if peak_flops is not None and not 0 < peak_flops < math.inf:
         raise RecipeError("--peak-flops", peak_flops, "give the dense FLOP/s of one device, as 989e12")
     return ["--profile"] * arguments.profile + ([] if peak_flops is None else ["--peak-flops", repr(peak_flops)])
+
+
+def progress(arguments: argparse.Namespace) -> Callable[[str], None]:
+    """Prints lines at once; not to stdout where that is for a machine."""
+    return functools.partial(print, file=sys.stderr if arguments.json else sys.stdout, flush=True)

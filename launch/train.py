@@ -8,26 +8,16 @@ Exit codes: 0 done, 1 failed, 2 the recipe or the command line is wrong. On SIGU
 import contextlib
 import faulthandler
 import os
-import re
 import signal
 import sys
-import time
 import traceback
 from pathlib import Path
 from typing import NoReturn
 
 from launch.folder import RUN_FILES, refuse_other_folder, remove_results
-from launch.terminal import CommandError, Parser, add_rank_options, printable, rank_options
-from parallel.measure.record import new_record, read_steps, record_json
+from launch.terminal import CommandError, Parser, add_rank_options, add_settings, printable, rank_options
+from launch.verdict import record_error, record_failure
 from parallel.recipe import Recipe, RecipeError, load_recipe
-
-# How gloo and NCCL say that another rank is gone. Such a rank has a better reason to give, or is past giving one.
-PEER_LOST = re.compile(
-    r"closed by peer|reset by peer|broken pipe|remote process exited|remote error|socket closed|connection refused"
-    r"|connectFullMesh|timed out|timeout",
-    re.IGNORECASE,
-)
-PEER_SECONDS = 2.0
 
 
 def main(argv: list[str]) -> int:
@@ -39,8 +29,7 @@ def main(argv: list[str]) -> int:
         rank, world_size = (_from_environment(key, default) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))
         parser = Parser(prog="launch.train", description=__doc__)
         parser.add_argument("recipe", metavar="RECIPE", help="a TOML file; see recipes/")
-        parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="as train.steps=5")
-        parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs"), help="default: runs")
+        add_settings(parser)
         add_rank_options(parser)
         arguments = parser.parse(argv)
         rank_options(arguments)
@@ -80,39 +69,8 @@ def run(recipe: Recipe, folder: Path, rank: int, *, peak_flops: float | None, pr
         return 2
     except BaseException as error:
         traceback.print_exc()
-        text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
-        if PEER_LOST.search(text):
-            _let_peer_speak(folder / "record.json")
-        record_failure(recipe, folder, "oom" if is_out_of_memory(error) else "failed", f"rank {rank}: {text[:1000]}")
+        record_error(recipe, folder, rank, error)
         return 1
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """torch.OutOfMemoryError (a GPU's), MemoryError (Python's), or what torch's allocator on the CPU raises."""
-    named_so = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named_so or "DefaultCPUAllocator: can't allocate memory" in str(error)
-
-
-def record_failure(recipe: Recipe, folder: Path, status: str, reason: str) -> bool:
-    """Writes record.json with the steps that were done, unless it is there: the first rank to fail knows why."""
-    try:
-        with open(folder / "record.json", "x", encoding="utf-8") as file:
-            known = {"status": status, "reason": reason, "steps": read_steps(folder / "steps.jsonl")}
-            file.write(record_json(new_record(recipe) | known) + "\n")
-    except FileExistsError:
-        return False
-    except OSError as error:
-        print(f"launch.train: cannot record this: {printable(error)}", file=sys.stderr)
-    return True
-
-
-def _let_peer_speak(record: Path) -> None:
-    """Waits for another rank's record, but not past SIGTERM, with which torchrun ends the peers of a rank that died."""
-    terminated: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: terminated.append(number))
-    deadline = time.monotonic() + PEER_SECONDS
-    while not record.exists() and not terminated and time.monotonic() < deadline:
-        time.sleep(0.05)
 
 
 def _from_environment(key: str, default: int) -> int:

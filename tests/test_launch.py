@@ -17,15 +17,14 @@ from typing import Any
 import pytest
 import torch
 
-import launch.supervisor
+import launch.starting
 import parallel
-from launch.cli import main, n_parameters
+from launch.cli import main
 from launch.compare import load_comparison
 from launch.folder import recipe_toml
-from launch.supervisor import place
 from launch.table import WIDTH, row, table
 from launch.terminal import n_bytes, printable
-from launch.train import is_out_of_memory
+from launch.verdict import is_out_of_memory, place
 from parallel.measure.record import new_record, read_record, write_record
 from parallel.recipe import RecipeError, load_recipe, recipe_from_tables
 from parallel.transformer import Transformer
@@ -320,7 +319,7 @@ def test_an_error_of_the_launcher_itself_leaves_nothing_running(lab: Lab) -> Non
 
 
 def test_the_port_is_kept_for_rank_0() -> None:
-    with launch.supervisor._free_port() as port, socket.socket() as rank_0:
+    with launch.starting.free_port() as port, socket.socket() as rank_0:
         with socket.socket() as other, pytest.raises(OSError, match="in use"):
             other.bind(("127.0.0.1", port))
         rank_0.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -713,7 +712,7 @@ def test_the_count_of_parameters_is_the_models_own(tied: bool) -> None:
     shape = recipe_from_tables({"model": tables | {"preset": "none", "tied_embeddings": tied}}).model
     with torch.device("meta"):
         model = Transformer(shape, seq_len=8)
-    assert n_parameters(shape) == sum(parameter.numel() for parameter in model.parameters())
+    assert shape.n_parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
 # ---- table ---------------------------------------------------------------------------------------------------------
@@ -813,6 +812,19 @@ def test_lab_run_trains(tmp_path: Path) -> None:
     assert record.keys() == new_record(recipe_from_tables({})).keys()
     assert [step["step"] for step in record["steps"]] == [1, 2, 3, 4, 5]
     assert record["parity"]["passed"] and record["throughput"]["tokens_per_s"] > 0
+
+
+def test_a_run_that_diverges_has_failed_and_says_at_which_step(tmp_path: Path) -> None:
+    recipe = str(RECIPES / "strategies" / "fsdp.toml")
+    settings = ("--set", "train.learning_rate=1000", "--set", "train.steps=200", "--set", "train.parity=false")
+    process = real_lab(tmp_path, "launch.cli", "run", recipe, *settings)
+    _, err = process.communicate(timeout=120)
+    record = read_record(tmp_path / "runs" / "fsdp" / "record.json")
+    assert (process.returncode, record["status"]) == (1, "failed")
+    assert re.match(rf"rank [01]: Diverged: step {len(record['steps'])} gave loss ", record["reason"])
+    assert None in (record["steps"][-1]["loss"], record["steps"][-1]["grad_norm"])
+    assert record["throughput"] == new_record({})["throughput"] and record["flops"]["mfu"] is None
+    assert "Diverged: step" in err
 
 
 def test_torchrun_trains_the_same(tmp_path: Path) -> None:

@@ -1,0 +1,43 @@
+"""Run every variant of a comparison, then print the table."""
+
+import argparse
+
+from launch.commands.check import comparison_with_data
+from launch.compare import predict, run_comparison
+from launch.page import write_page
+from launch.supervisor import Interrupted
+from launch.table import remark_on, row, table
+from launch.terminal import add_rank_options, add_settings, progress, rank_options
+from parallel.measure.record import record_json
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("comparison", metavar="COMPARISON", help="a TOML file; see recipes/compare/")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what an interrupted call has done with the same recipes and code"
+    )
+    parser.add_argument(
+        "--predict", action="store_true", help="dry-run every variant, too: the page shows predicted beside measured"
+    )
+    add_settings(parser)
+    add_rank_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    comparison = comparison_with_data(arguments.comparison, arguments.set)
+    options = rank_options(arguments)
+    say = progress(arguments)
+    try:
+        records = run_comparison(comparison, out=arguments.out, say=say, options=options, resume=arguments.resume)
+    except Interrupted as signal:
+        raise Interrupted(f"{signal}; --resume goes on with what is left") from None
+    if arguments.predict:
+        predict(comparison, out=arguments.out, say=say)
+    folder = arguments.out / comparison.name
+    text = table(records)
+    (folder / "table.txt").write_text(f"{text}\n", encoding="utf-8")
+    write_page(folder, folder / "page.html")
+    print(record_json([row(record) for record in records]) if arguments.json else f"\n{text}")
+    say(f"\n{folder / 'table.txt'}\n{folder / 'page.html'}")
+    runs = zip(comparison.variants, records, strict=True)
+    return 1 if any(remark_on(record) and variant.recipe is not None for variant, record in runs) else 0

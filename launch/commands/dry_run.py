@@ -1,0 +1,76 @@
+"""Memory, traffic and FLOPs of a recipe's ranks, starting none of them."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from launch.compare import is_comparison
+from launch.folder import RUN_FILES, refuse_other_folder
+from launch.table import short_layout
+from launch.terminal import CommandError, add_settings, progress
+from parallel.measure.record import CATEGORIES, read_record, record_json, write_record
+from parallel.recipe import RecipeError, load_recipe, read_toml
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a TOML file")
+    parser.add_argument(
+        "--world-size", metavar="N", type=int, help="scale data-parallel ranks and batch to N ranks in all"
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--rank", metavar="R", type=int, default=0, help="which rank; default: 0")
+    which.add_argument("--all-distinct-ranks", action="store_true", help="one rank of each kind")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="write DIR/<name>/record.json, too")
+    add_settings(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if is_comparison(read_toml(arguments.recipe)):
+        raise CommandError(f"{arguments.recipe} is a comparison; give one recipe")
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    path = None if arguments.out is None else arguments.out / recipe.name / "record.json"
+    if path is not None:
+        refuse_other_folder(path.parent, RUN_FILES)
+        if path.exists() and read_record(path)["kind"] != "dry-run":
+            raise RecipeError("--out", str(arguments.out), f"{path} is of a measured run; give another folder")
+    from parallel.dryrun import dry_run  # other commands live without torch
+    from parallel.kinds import distinct_ranks, scaled
+
+    if arguments.world_size is not None:
+        recipe = scaled(recipe, arguments.world_size)
+    ranks = list(distinct_ranks(recipe)) if arguments.all_distinct_ranks else [arguments.rank]
+    record = dry_run(recipe, ranks=ranks, say=lambda line: print(f"  {line}", file=sys.stderr, flush=True))
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_record(path, record)
+    print(record_json(record) if arguments.json else _in_words(record))
+    if path is not None:
+        progress(arguments)(f"\n{path}")
+    return 0
+
+
+def _in_words(record: dict[str, Any]) -> str:
+    layout, memory, flops = record["layout"], record["memory"], record["flops"]
+    parts = ("peak", *CATEGORIES)
+    lines = [
+        f"{record['recipe']['name']}: one step on {layout['world_size']} ranks ({short_layout(layout)}), not run",
+        "",
+        f"{'MiB':<11}" + "".join(f"{part:>13}" for part in parts),
+        *(
+            f"{'rank ' + str(row['rank']):<11}" + "".join(f"{row[f'{part}_bytes'] / 2**20:>13.3f}" for part in parts)
+            for row in memory["per_rank"]
+        ),
+        "",
+        f"{'sent by a rank':<36}{'calls':>8}{'MiB':>14}",
+        *(
+            f"{row['mesh_dim'] + ' ' + row['collective']:<36}{row['calls']:>8}"
+            + ("-" if row["bytes_per_rank"] is None else f"{row['bytes_per_rank'] / 2**20:.3f}").rjust(14)
+            for row in record["traffic"]
+        ),
+        "",
+        f"FLOPs per token: model {flops['model_flops_per_token']:,}, hardware "
+        + (f"{executed:,.0f}" if (executed := flops["hardware_flops_per_token"]) else "- (see --all-distinct-ranks)"),
+        memory["note"],
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,42 @@
+"""Run one recipe on this machine."""
+
+import argparse
+import sys
+
+from launch.commands.check import recipe_with_data
+from launch.compare import is_comparison
+from launch.supervisor import refuse_too_many, supervise
+from launch.table import remark_on, table
+from launch.terminal import CommandError, add_rank_options, add_settings, printable, progress, rank_options
+from parallel.measure.record import record_json
+from parallel.recipe import RecipeError, read_toml
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a TOML file")
+    parser.add_argument("--nproc", metavar="N", type=int, help="processes; must be the product of [parallel]")
+    add_settings(parser)
+    add_rank_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if is_comparison(read_toml(arguments.recipe)):
+        raise CommandError(f"{arguments.recipe} is a comparison; use lab compare")
+    recipe = recipe_with_data(arguments.recipe, arguments.set)
+    if arguments.nproc not in (None, recipe.world_size):
+        remedy = f"the product of [parallel] is {recipe.world_size}; give that, or leave --nproc out"
+        raise RecipeError("--nproc", arguments.nproc, remedy)
+    refuse_too_many(recipe)
+    options = rank_options(arguments)
+    say = progress(arguments)
+    record = supervise(recipe, out=arguments.out, echo=lambda line: say(printable(line)), options=options)
+    if arguments.json:
+        print(record_json(record))
+    if record["status"] == "refused":
+        raise CommandError(record["reason"])
+    if remark := remark_on(record):
+        print(f"lab: {remark}", file=sys.stderr)
+    elif not arguments.json:
+        print(f"\n{table([record])}")
+    say(f"\n{arguments.out / recipe.name}/record.json")
+    return 1 if remark else 0

@@ -1,0 +1,161 @@
+"""Why a run ended as it did, whoever started it: by what its ranks raised, and by the exit codes and logs they left.
+
+A rank that raised has written it to record.json; one that a signal killed cannot, and a launcher says it for it.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import launch
+import parallel
+from launch.folder import rank_log
+from launch.terminal import printable
+from parallel.measure.record import new_record, read_record, read_steps, record_json, write_record
+from parallel.recipe import Recipe
+
+# How gloo and NCCL say that another rank is gone. Such a rank has a better reason to give, or is past giving one.
+PEER_LOST = re.compile(
+    r"closed by peer|reset by peer|broken pipe|remote process exited|remote error|socket closed|connection refused"
+    r"|connectFullMesh|timed out|timeout",
+    re.IGNORECASE,
+)
+PEER_SECONDS = 2.0
+TAIL_LINES = 6
+FATAL = "Fatal Python error: "  # then come the stacks of a rank that a signal such as SIGSEGV has ended
+PACKAGE_PARENT = re.compile(r"/(?:[^/\s\"']+/)*?(?=(?:site-packages|dist-packages|parallel|launch)/)")
+
+
+# ---- by the rank itself --------------------------------------------------------------------------------------------
+
+
+def record_error(recipe: Recipe, folder: Path, rank: int, error: BaseException) -> None:
+    """Records what ended this rank's training, unless another rank has told its reason."""
+    text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+    if PEER_LOST.search(text):
+        _let_peer_speak(folder / "record.json")
+    record_failure(recipe, folder, "oom" if is_out_of_memory(error) else "failed", f"rank {rank}: {text[:1000]}")
+
+
+def record_failure(recipe: Recipe, folder: Path, status: str, reason: str) -> bool:
+    """Writes record.json with the steps that were done, unless it is there: the first rank to fail knows why."""
+    try:
+        with open(folder / "record.json", "x", encoding="utf-8") as file:
+            known = {"status": status, "reason": reason, "steps": read_steps(folder / "steps.jsonl")}
+            file.write(record_json(new_record(recipe) | known) + "\n")
+    except FileExistsError:
+        return False
+    except OSError as error:
+        print(f"launch.train: cannot record this: {printable(error)}", file=sys.stderr)
+    return True
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch.OutOfMemoryError (a GPU's), MemoryError (Python's), or what torch's allocator on the CPU raises."""
+    named_so = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named_so or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _let_peer_speak(record: Path) -> None:
+    """Waits for another rank's record, but not past SIGTERM, with which torchrun ends the peers of a rank that died."""
+    terminated: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: terminated.append(number))
+    deadline = time.monotonic() + PEER_SECONDS
+    while not record.exists() and not terminated and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+# ---- by whoever started it -----------------------------------------------------------------------------------------
+
+
+def why(folder: Path, rank: int, code: int) -> tuple[str, str]:
+    """(status, reason) of a run in `folder` whose `rank` was the first to end with an exit code other than 0.
+
+    code: negative where a signal ended it, as in subprocess.
+    """
+    written = read_record(folder / "record.json") if (folder / "record.json").exists() else None
+    if code > 0 and written and written["kind"] and written["status"] != "ok":
+        reason = written["reason"] or ""
+        if written["status"] == "refused":
+            return "refused", reason
+        teller = re.match(r"rank (\d+): ", reason)
+        log = rank_log(folder, int(teller[1]) if teller else rank)
+        return written["status"], f"{reason}\n{_tail(log if log.exists() else rank_log(folder, rank))}"
+    log = rank_log(folder, rank)
+    return "failed", f"rank {rank} {_end_in_words(code, log)}\n{_tail(log)}"
+
+
+def settle(recipe: Recipe, folder: Path, failure: tuple[str, str] | None) -> dict[str, Any]:
+    """The record of the run: the ranks' own where all went well, else with the failure and the steps that were done."""
+    path = folder / "record.json"
+    if failure is None:
+        if path.exists():
+            return read_record(path)
+        failure = ("failed", "every rank ended well, but none wrote record.json")
+    record = new_record(recipe) | {"steps": read_steps(folder / "steps.jsonl")}
+    if path.exists() and (written := read_record(path))["recipe"] == record["recipe"]:
+        record = written
+    record |= {"status": failure[0], "reason": failure[1]}
+    write_record(path, record)
+    return record
+
+
+def _end_in_words(code: int, log: Path) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = next((number.name for number in signal.Signals if number == -code), f"signal {-code}")
+    hint = ", as the kernel does when memory runs out" if -code == signal.SIGKILL else ""
+    _, stacks = _last_words(log)
+    return f"was killed by {name}{hint}" + (f" {place(stacks)}" if stacks else "")
+
+
+def _tail(log: Path) -> str:
+    """The last lines of a rank's log, but for the stacks of a fatal error."""
+    said, _ = _last_words(log)
+    lines = [line for line in said.splitlines() if line.strip(" ^~")]  # a traceback underlines with those
+    if not lines:
+        return f"logs/{log.name} is empty"
+    last = (PACKAGE_PARENT.sub("", line)[:200] for line in lines[-TAIL_LINES:])
+    return "\n".join([f"logs/{log.name} ends with:", *last])
+
+
+def _last_words(log: Path) -> tuple[str, str]:
+    """What a log ends with: what the rank said, and the stacks of a fatal error if it had one."""
+    with contextlib.suppress(OSError), open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - 65536))
+        said, _, stacks = file.read().decode(errors="replace").partition(FATAL)
+        return said, stacks
+    return "", ""
+
+
+# ---- where a rank is, or was ---------------------------------------------------------------------------------------
+
+FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$', re.MULTILINE)
+THREAD = re.compile(r"^(?:Current thread|Thread) .*\(most recent call first\):$", re.MULTILINE)
+
+
+def place(stacks: str) -> str:
+    """Where the main thread is, from faulthandler's text: the innermost function of torch or of this project, and the
+    line of this project that it was called from."""
+    main_thread = THREAD.split(stacks)[-1]  # the first thread of a process comes last
+    frames = [(match["function"], _shown_path(match["file"]), match["line"]) for match in FRAME.finditer(main_thread)]
+    if not THREAD.search(stacks) or not frames:
+        return "gave no stack"
+    innermost = next((frame for frame in frames if frame[1][0]), frames[0])
+    ours = next((frame for frame in frames if frame[1][0] == "ours"), innermost)
+    return f"in {innermost[0]} ({ours[1][1]}:{ours[2]})"
+
+
+def _shown_path(file: str) -> tuple[str, str]:
+    """(whose, path): "ours" or "torch" with the path from the package on; else "" and the file's name."""
+    for package in (*parallel.__path__, *launch.__path__):
+        if file.startswith(package + os.sep):
+            return "ours", str(Path(file).relative_to(Path(package).parent))
+    if match := re.search(r"-packages/(torch/.*)$", file):
+        return "torch", match[1]
+    return "", Path(file).name
