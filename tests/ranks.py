@@ -3,13 +3,17 @@
     results = ranks(4, function, *arguments)   # function(*arguments) runs on each rank; its returns, by rank
 
 `function` must be importable (top level of a test module). A rank that raises fails the test with its traceback; a
-test that hangs is ended after `timeout_seconds` with the stack of each rank.
+test that hangs is ended after `timeout_seconds` with the stack of each rank. A rank that native code ends leaves its
+core, and the native stack of each of its threads, in runs/cores/.
 """
 
 import faulthandler
 import gc
 import multiprocessing
 import os
+import resource
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +30,7 @@ import torch
 # After so many calls ranks start afresh, in 2 s: torch 2.11 never lets go of DTensor's strategies and what they hold,
 # and a call leaves up to 15 threads of gloo behind.
 MOST_CALLS = 100
+CORES = Path(__file__).parents[1] / "runs" / "cores"
 
 
 class RankDied(AssertionError):
@@ -38,6 +43,9 @@ def _serve(rank: int, calls: Connection, log: str) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     faulthandler.enable()
+    resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
+    os.makedirs(f"{log}.cwd")
+    os.chdir(f"{log}.cwd")  # where Linux leaves a core, if nobody has told it otherwise
     import torch.distributed as dist
     from torch.distributed.tensor import debug
 
@@ -122,8 +130,9 @@ class Ranks:
                     answers[rank] = calls.recv()
                 except (EOFError, ConnectionResetError):
                     process = self.workers[rank][0]
-                    process.join(10)
-                    answers[rank] = ("died", f"ended with {process.exitcode}\n{self._log_tail(rank)}")
+                    process.join(60)  # a core takes time to write
+                    stacks = native_stacks(Path(f"{self.workers[rank][2]}.cwd"))
+                    answers[rank] = ("died", f"ended with {process.exitcode}\n{self._log_tail(rank)}\n{stacks}")
                 if answers[rank][0] != "returned":  # its peers may wait for it for ever: give them 2 s to say why too
                     deadline = min(deadline, time.monotonic() + 2)
         failures = [  # first those that died: the others have lost them
@@ -161,3 +170,21 @@ class Ranks:
             process.join()
             calls.close()
         self.workers.clear()
+
+
+def native_stacks(folder: Path) -> str:
+    """What gdb reads from the core in `folder`: the native stack of each thread. Both are kept in CORES."""
+    cores = list(folder.glob("core*"))
+    if not cores:
+        pattern = Path("/proc/sys/kernel/core_pattern").read_text().strip()
+        return f"it left no core (core_pattern is {pattern!r}, limits {resource.getrlimit(resource.RLIMIT_CORE)})"
+    CORES.mkdir(parents=True, exist_ok=True)
+    core = CORES / f"{folder.stem}.core"
+    shutil.move(cores[0], core)
+    if shutil.which("gdb") is None:
+        return f"{core}: no gdb here to read it (apt-get install gdb)"
+    command = ["gdb", "--batch", "-nx", "-ex", "bt 60", "-ex", "thread apply all bt 25", sys.executable, str(core)]
+    answer = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
+    text = answer.stdout[answer.stdout.find("Core was generated") :]
+    core.with_suffix(".txt").write_text(f"{answer.stdout}\n{answer.stderr}")
+    return f"{core}\n{text[:12000]}"
