@@ -24,6 +24,7 @@ from parallel.recipe import (
     Recipe,
     RecipeError,
     apply_overrides,
+    choices,
     load_recipe,
     read_toml,
     recipe_from_tables,
@@ -524,12 +525,12 @@ def any_key(source: random.Random) -> str:
     return source.choice(keys + [field.name for cls in SECTIONS.values() for field in dataclasses.fields(cls)])
 
 
-def likely_value(source: random.Random, field: dataclasses.Field[Any]) -> Any:
+def likely_value(source: random.Random, field: dataclasses.Field[Any], field_choices: tuple[str, ...]) -> Any:
     """A value of the key's own type, within or near its range."""
     if isinstance(field.default, tuple):
-        return source.choices(field.metadata["choices"] or ["a.txt"], k=source.randrange(3))
-    if field.metadata["choices"]:
-        return source.choice(field.metadata["choices"])
+        return source.choices(field_choices or ["a.txt"], k=source.randrange(3))
+    if field_choices:
+        return source.choice(field_choices)
     if isinstance(field.default, bool):
         return source.random() < 0.5
     if isinstance(field.default, str):
@@ -548,7 +549,8 @@ def random_tables(source: random.Random, shipped: list[dict[str, Any]]) -> dict[
         field = source.choice(dataclasses.fields(SECTIONS[section]))
         kind = source.random()
         if kind < 0.85 and isinstance(table, dict):
-            table[field.name] = likely_value(source, field)
+            types = typing.get_type_hints(SECTIONS[section])
+            table[field.name] = likely_value(source, field, choices(types[field.name]))
         elif kind < 0.93 and isinstance(table, dict):
             table[source.choice((field.name, any_key(source)))] = any_value(source)
         else:
@@ -686,7 +688,7 @@ def section_table(section: str) -> str:
         if section == "model" and any(field.name in preset for preset in PRESETS.values()):
             always = all(field.name in preset for preset in PRESETS.values())
             default = "the preset's" if always else f"the preset's, else {default}"
-        values = ", ".join(f"`{choice}`" for choice in rule["choices"])
+        values = ", ".join(f"`{choice}`" for choice in choices(types[field.name]))
         if rule["minimum"] is not None:
             upper = "and more" if rule["maximum"] == 2**40 else f"to {rule['maximum']}"
             values = f"{rule['minimum']} {upper}"

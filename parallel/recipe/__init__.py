@@ -23,11 +23,5 @@ from parallel.recipe.sections import (
     RecipeError,
     Recompute,
     Schedule,
+    choices,
 )
-
-__all__ = [
-    "MESH_DIMS", "PRESETS", "SCHEDULES", "SECTIONS", "SINGLE_STAGE_SCHEDULES", "SPLIT_BACKWARD_SCHEDULES",
-    "V_SCHEDULES", "AttentionKernel", "Context", "ContextMethod", "Data", "Dtype", "Model", "Operation",
-    "Recipe", "RecipeError", "Recompute", "Schedule", "apply_overrides", "check_name", "load_recipe",
-    "read_toml", "recipe_from_tables",
-]  # fmt: skip

@@ -8,7 +8,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -23,6 +23,7 @@ Operation = Literal["attention", "matmul"]
 Schedule = Literal[
     "gpipe", "1f1b", "interleaved-1f1b", "looped-bfs", "interleaved-zero-bubble", "zbv", "dualpipev"
 ]  # fmt: skip
+Preset = Literal["tiny", "small", "smollm-1.7b", "llama3-8b", "llama3-70b", "llama3-405b", "none"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 SINGLE_STAGE_SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b")
 V_SCHEDULES: tuple[Schedule, ...] = ("zbv", "dualpipev")  # rank r holds stages r and 2·pp - 1 - r
@@ -72,19 +73,14 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def option(
-    default: Any,
-    help: str,
-    *,
-    choices: Sequence[str] = (),
-    minimum: float | None = None,
-    maximum: float = 2**40,
-    short: str = "",
-) -> Any:
+def option(default: Any, help: str, *, minimum: float | None = None, maximum: float = 2**40, short: str = "") -> Any:
     """A key of a section, with what a user may write there. short: its name where there is little room."""
-    return dataclasses.field(
-        default=default, metadata=dict(help=help, choices=tuple(choices), minimum=minimum, maximum=maximum, short=short)
-    )
+    return dataclasses.field(default=default, metadata=dict(help=help, minimum=minimum, maximum=maximum, short=short))
+
+
+def choices(type_: Any) -> tuple[str, ...]:
+    """What may be written for a Literal or a tuple of one; () where anything of the type may."""
+    return get_args(get_args(type_)[0] if isinstance(type_, types.GenericAlias) else type_)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,33 +97,32 @@ class Section:
 
 def _checked(key: str, value: Any, type_: Any, rule: Mapping[str, Any]) -> Any:
     """`value` as its field holds it: a list as a tuple, a whole number as a float where that is wanted."""
+    allowed = choices(type_)
     if isinstance(type_, types.GenericAlias):  # tuple[str, ...]
         if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
             raise RecipeError(key, value, 'give a list of strings, as in ["a", "b"]')
-        for item in value:
-            if rule["choices"] and item not in rule["choices"]:
-                raise RecipeError(key, list(value), f"choose from {', '.join(rule['choices'])}")
+        if allowed and not set(value) <= set(allowed):
+            raise RecipeError(key, list(value), f"choose from {', '.join(allowed)}")
         return tuple(value)
-    type_ = str if typing.get_origin(type_) is Literal else type_
+    type_ = str if allowed else type_
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a string in quotes"}[type_]
     if type(value) is not type_ and not (type_ is float and type(value) is int):
         raise RecipeError(key, value, f"give {wanted}")
-    if rule["choices"] and value not in rule["choices"]:
-        raise RecipeError(key, value, f"choose {', '.join(rule['choices'])}")
+    if allowed and value not in allowed:
+        raise RecipeError(key, value, f"choose {', '.join(allowed)}")
     if type_ in (int, float):
         if not value <= rule["maximum"]:  # so is NaN
             raise RecipeError(key, value, f"give {wanted} of at most {rule['maximum']}")
         if value < rule["minimum"]:
             raise RecipeError(key, value, f"give {wanted} of at least {rule['minimum']}")
-        return type_(value)
-    return value
+    return type_(value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model(Section):
     """[model]: the shape of the transformer; `preset` gives every key, and each may be overridden."""
 
-    preset: str = option("tiny", "a named shape; the keys below override it", choices=(*PRESETS, "none"))
+    preset: Preset = option("tiny", "a named shape; the keys below override it")
     n_layers: int = option(0, "transformer blocks", minimum=1, maximum=10_000)
     d_model: int = option(0, "width of the residual stream", minimum=2, maximum=1_000_000)
     n_heads: int = option(0, "query heads", minimum=1, maximum=100_000)
@@ -163,13 +158,10 @@ class Data(Section):
         "stdlib",
         "stdlib: the Python standard library's own source, as bytes; files: text files as bytes; tokens: a binary"
         " file of token ids; huggingface: a dataset and a tokenizer; synthetic: random tokens, for pure speed",
-        choices=get_args(Source),
     )
     files: tuple[str, ...] = option((), "text files or globs (source = files)")
     path: str = option("", "file of token ids (source = tokens)")
-    token_dtype: Literal["uint16", "uint32"] = option(
-        "uint16", "type of the ids in that file", choices=("uint16", "uint32")
-    )
+    token_dtype: Literal["uint16", "uint32"] = option("uint16", "type of the ids in that file")
     dataset: str = option("", "name or local folder of a Hugging Face dataset (source = huggingface)")
     split: str = option("train", "its split")
     text_field: str = option("text", "its column of text")
@@ -187,24 +179,22 @@ class Train(Section):
         0, "sequences one data-parallel replica takes at once; 0: its whole share of the batch", minimum=0
     )
     seed: int = option(0, "of initial weights and data order", minimum=0, maximum=2**31 - 1)
-    dtype: Dtype = option(
-        "float32", "of computation; bfloat16 keeps float32 weights and gradients", choices=get_args(Dtype)
-    )
+    dtype: Dtype = option("float32", "of computation; bfloat16 keeps float32 weights and gradients")
     learning_rate: float = option(3e-4, "of AdamW", minimum=0.0, maximum=1e3)
     weight_decay: float = option(0.1, "of AdamW", minimum=0.0, maximum=1e3)
     grad_clip: float = option(1.0, "largest global gradient norm; 0: no clipping", minimum=0.0)
-    adamw: AdamW = option("fused", "implementation of AdamW", choices=get_args(AdamW))
+    adamw: AdamW = option("fused", "implementation of AdamW")
     attention: AttentionKernel = option(
-        "auto",
-        "kernel: auto: torch's choice; flash; cudnn: NVIDIA's, on CUDA alone; math: plain matrix products",
-        choices=get_args(AttentionKernel),
+        "auto", "kernel: auto: torch's choice; flash; cudnn: NVIDIA's, on CUDA alone; math: plain matrix products"
     )
-    device: Literal["auto", "cpu", "cuda"] = option(
-        "auto", "auto: CUDA where each rank has a GPU, else CPU", choices=("auto", "cpu", "cuda")
-    )
-    compile: Compiler = option("none", "torch.compile of each block", choices=get_args(Compiler))
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: CUDA where each rank has a GPU, else CPU")
+    compile: Compiler = option("none", "torch.compile of each block")
     parity: bool = option(True, "prove the layout on float64 gradients before training")
     time_limit_seconds: float = option(600.0, "after which the run is ended and recorded as such", minimum=1.0)
+
+
+def _ranks(short: str, help: str) -> Any:
+    return option(1, help, minimum=1, maximum=2**20, short=short)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,19 +204,11 @@ class Parallel(Section):
     These fields are the mesh: parallel/mesh.py builds it from them, and says which ranks share what.
     """
 
-    pp: int = option(1, "pipeline stages' ranks", minimum=1, maximum=2**20, short="pp")
-    dp_replicate: int = option(
-        1,
-        "data-parallel replicas with whole weights (DDP; the outer part of HSDP)",
-        minimum=1,
-        maximum=2**20,
-        short="dp",
-    )
-    dp_shard: int = option(
-        1, "data-parallel ranks that share the weights (FSDP)", minimum=1, maximum=2**20, short="fsdp"
-    )
-    cp: int = option(1, "ranks that share a sequence", minimum=1, maximum=2**20, short="cp")
-    tp: int = option(1, "ranks that share each matrix", minimum=1, maximum=2**20, short="tp")
+    pp: int = _ranks("pp", "pipeline stages' ranks")
+    dp_replicate: int = _ranks("dp", "data-parallel replicas with whole weights (DDP; the outer part of HSDP)")
+    dp_shard: int = _ranks("fsdp", "data-parallel ranks that share the weights (FSDP)")
+    cp: int = _ranks("cp", "ranks that share a sequence")
+    tp: int = _ranks("tp", "ranks that share each matrix")
 
 
 # The dimensions of the mesh, in its order, and their short names.
@@ -261,9 +243,7 @@ class Tensor(Section):
 class Context(Section):
     """[context]: context parallelism."""
 
-    method: ContextMethod = option(
-        "ring", "how attention sees the other ranks' keys and values", choices=get_args(ContextMethod)
-    )
+    method: ContextMethod = option("ring", "how attention sees the other ranks' keys and values")
 
     @property
     def zigzag(self) -> bool:
@@ -275,7 +255,7 @@ class Context(Section):
 class Pipeline(Section):
     """[pipeline]: pipeline parallelism."""
 
-    schedule: Schedule = option("1f1b", "order of forward and backward of the microbatches", choices=SCHEDULES)
+    schedule: Schedule = option("1f1b", "order of forward and backward of the microbatches")
     stages_per_rank: int = option(0, "0: 1 for gpipe and 1f1b, 2 for every other schedule", minimum=0, maximum=10_000)
 
     @property
@@ -297,9 +277,7 @@ class Recompute(Section):
     """[recompute]: activation checkpointing."""
 
     mode: str = option("none", "none, full (each block), every(n) (each n-th block), sqrt (groups), selective")
-    save: tuple[Operation, ...] = option(
-        ("attention", "matmul"), "operations that mode = selective keeps", choices=get_args(Operation)
-    )
+    save: tuple[Operation, ...] = option(("attention", "matmul"), "operations that mode = selective keeps")
 
     @property
     def every(self) -> int:
