@@ -81,15 +81,15 @@ def prepare_comparison(folder: Path, name: str, variants: Sequence[str], *, keep
         raise RecipeError("--out", str(folder), f"cannot be written ({error.strerror}); give another folder") from None
 
 
-def variant_order(folder: Path) -> list[str]:
-    """The variants of the comparison in `folder`, in order; none where it is no comparison."""
+def variant_order(folder: Path) -> dict[str, int]:
+    """The variants of the comparison in `folder` and the place of each; none where it is no comparison."""
     try:
         names = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))["variants"]
         for name in names:
             check_name("variant", name)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return []
-    return list(names)
+        return {}
+    return {name: place for place, name in enumerate(names)}
 
 
 def rank_log(folder: Path, rank: int) -> Path:

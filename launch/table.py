@@ -1,30 +1,32 @@
 """The terminal's table: a row per record, at most 100 columns wide, and what was compared below it."""
 
-import re
+import dataclasses
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch.terminal import printable
+from parallel.measure.record import Record
+from parallel.recipe import MESH_DIMS
 
 WIDTH = 100
 LARGEST_REASON = 2000  # characters
-SHORT = {"pp": "pp", "dp_replicate": "dp", "dp_shard": "fsdp", "cp": "cp", "tp": "tp"}
+LONGEST_TEXT = 4000  # characters of one text in a record; a reason holds the end of a log
 
-# head (two lines), key of `row`, alignment
+# head (two lines), key of `_cells`, alignment, what a number is multiplied with
 COLUMNS = (
-    ("", "name", "name", "<"),
-    ("", "layout", "layout", "<"),
-    ("", "loss", "loss", ">"),
-    ("step", "s", "step_median", ">"),
-    ("CPU s", "/step", "cpu_seconds_per_step", ">"),
-    ("MFU", "%", "mfu", ">"),
-    ("causal", "%", "mfu_causal", ">"),
-    ("HFU", "%", "hfu", ">"),
-    ("peak", "MiB", "peak_bytes", ">"),
-    ("grad", "diff", "max_rel_grad_diff", ">"),
-    ("loss", "diff", "max_abs_loss_diff", ">"),
-    ("", "parity", "parity", "<"),
+    ("", "name", "name", "<", 1),
+    ("", "layout", "layout", "<", 1),
+    ("", "loss", "loss", ">", 1),
+    ("step", "s", "step_median", ">", 1),
+    ("CPU s", "/step", "cpu_seconds_per_step", ">", 1),
+    ("MFU", "%", "mfu", ">", 100),
+    ("causal", "%", "mfu_causal", ">", 100),
+    ("HFU", "%", "hfu", ">", 100),
+    ("peak", "MiB", "peak_bytes", ">", 2**-20),
+    ("grad", "diff", "max_rel_grad_diff", ">", 1),
+    ("loss", "diff", "max_abs_loss_diff", ">", 1),
+    ("", "parity", "parity", "<", 1),
 )
 LEGEND = (
     "layout: ranks of the pipeline (pp), replicas (dp), weight shards (fsdp), context (cp) and tensor (tp)."
@@ -37,27 +39,49 @@ LEGEND = (
 )
 
 
+# ---- what is taken of a record, which may be anyone's --------------------------------------------------------------
+
+
+def number_in(value: Any) -> float | None:
+    """`value` where it is a number that can be shown."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 else None
+
+
+def text_in(value: Any) -> str | None:
+    return None if value is None else str(value)[:LONGEST_TEXT]
+
+
+def table_in(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def picked(values: Any, kind: Any) -> dict[str, Any]:
+    """The numbers, texts and flags of `kind`, Record or a section of it; None for what is none or of another type."""
+
+    def pick(value: Any, type_: Any) -> Any:
+        if dataclasses.is_dataclass(type_):
+            return picked(value, type_)
+        if type_ == bool | None:
+            return value if isinstance(value, bool) else None
+        return text_in(value) if type_ == str | None else number_in(value)
+
+    return {field.name: pick(table_in(values).get(field.name), field.type) for field in dataclasses.fields(kind)}
+
+
 def row(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What the table shows of a record, as plain numbers; None where there is none. The record may be anyone's."""
+    """What the table shows of a record, as plain numbers; None where there is none."""
     last = record["steps"][-1] if record["steps"] else {}
-    throughput, parity = record["throughput"], record["parity"]
+    measured = picked(record, Record)
     return {
         "name": str(record["recipe"].get("name"))[:200],
-        "status": record["status"],
-        "reason": record["reason"],
-        "kind": record["kind"],
+        **{key: record[key] for key in ("status", "reason", "kind")},
         "world_size": number_in(record["layout"]["world_size"]),
         "layout": short_layout(record["layout"]),
-        "loss": number_in(last.get("loss")),
-        "grad_norm": number_in(last.get("grad_norm")),
-        "step_seconds": {key: number_in(throughput["step_seconds"][key]) for key in ("median", "p10", "p90")},
-        "tokens_per_s": number_in(throughput["tokens_per_s"]),
-        "cpu_seconds_per_step": number_in(throughput["cpu_seconds_per_step"]),
-        **{key: number_in(record["flops"][key]) for key in ("mfu", "mfu_causal", "hfu")},
-        "peak_bytes": number_in(record["memory"]["max_peak_bytes"]),
-        "max_rel_grad_diff": number_in(parity["max_rel_grad_diff"]),
-        "max_abs_loss_diff": number_in(parity["max_abs_loss_diff"]),
-        "passed": parity["passed"] if isinstance(parity["passed"], bool) else None,
+        **{key: number_in(last.get(key)) for key in ("loss", "grad_norm")},
+        **{key: measured["throughput"][key] for key in ("step_seconds", "tokens_per_s", "cpu_seconds_per_step")},
+        **{key: measured["flops"][key] for key in ("mfu", "mfu_causal", "hfu")},
+        "peak_bytes": measured["memory"]["max_peak_bytes"],
+        **{key: measured["parity"][key] for key in ("max_rel_grad_diff", "max_abs_loss_diff", "passed")},
     }
 
 
@@ -65,22 +89,25 @@ def short_layout(layout: Mapping[str, Any]) -> str | None:
     """As "pp2·fsdp2·tp2": the mesh dimensions of more than one rank."""
     if not number_in(layout.get("world_size")):
         return None
-    sizes = {short: number_in(layout.get(key)) for key, short in SHORT.items()}
+    sizes = {short: number_in(layout.get(dim)) for dim, short in MESH_DIMS.items()}
     return "·".join(f"{short}{size:.0f}" for short, size in sizes.items() if size and size > 1) or "1 rank"
+
+
+# ---- what is said of it --------------------------------------------------------------------------------------------
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """The whole text: head, rows, reasons of those that did not end well, and what was compared."""
     cells = [[top for top, *_ in COLUMNS], [bottom for _, bottom, *_ in COLUMNS]]
-    cells += [_cells(row(record)) for record in records]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(COLUMNS))]
+    cells += [list(_cells(record).values()) for record in records]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     gap = 2 if sum(widths) + 2 * (len(widths) - 1) <= WIDTH else 1
     for column in (0, 1):  # a long name gives way first, then a long layout
         too_wide = sum(widths) + gap * (len(widths) - 1) - WIDTH
         widths[column] -= max(0, min(too_wide, widths[column] - 10))
     lines = []
     for line in cells:
-        fitted = (_fit(cell, width, align) for cell, width, (*_, align) in zip(line, widths, COLUMNS, strict=True))
+        fitted = (_fit(cell, width, align) for cell, width, (*_, align, _) in zip(line, widths, COLUMNS, strict=True))
         lines.append((" " * gap).join(fitted).rstrip())
     lines.insert(2, "-" * (sum(widths) + gap * (len(widths) - 1)))
     below = [text for record in records if (text := remark_on(record))] + _without_peak(records)
@@ -93,41 +120,38 @@ def _without_peak(records: Sequence[Mapping[str, Any]]) -> list[str]:
     for record in records:
         shown, flops = row(record), record["flops"]
         if shown["mfu"] is None and shown["step_seconds"]["median"] is not None and flops["peak_flops"] is None:
-            names.setdefault(str(flops["peak_source"])[:LARGEST_REASON], []).append(_cell("name", shown["name"])[:60])
+            names.setdefault(str(flops["peak_source"])[:LARGEST_REASON], []).append(_name(record)[:60])
     return [_wrapped(f"{', '.join(of_reason)}: no MFU: {reason}") for reason, of_reason in names.items()]
 
 
 def progress_line(record: Mapping[str, Any]) -> str:
     """What came of one run, in short."""
-    shown = row(record)
     if record["status"] != "ok":
         return f"  {remark_on(record)}"
-    cells = dict(zip((key for _, _, key, _ in COLUMNS), _cells(shown), strict=True))
-    parts = [f"loss {cells['loss']}", f"{cells['step_median']} s/step", f"grad diff {cells['max_rel_grad_diff']}"]
-    return f"  ok: {', '.join(parts)}, parity {cells['parity']}"
+    cells = _cells(record)
+    step = f"loss {cells['loss']}, {cells['step_median']} s/step"
+    return f"  ok: {step}, grad diff {cells['max_rel_grad_diff']}, parity {cells['parity']}"
 
 
-def _cells(shown: Mapping[str, Any]) -> list[str]:
-    step = shown["step_seconds"]
+def _name(record: Mapping[str, Any]) -> str:
+    name: str = row(record)["name"]  # a folder's; any other comes from a file that no run of ours wrote
+    return name if name.isascii() and name.isprintable() else ascii(name)
+
+
+def _cells(record: Mapping[str, Any]) -> dict[str, str]:
+    shown = row(record)
     parity = {True: "passed", False: "FAILED", None: "-"}[shown["passed"]]
-    extra = {
-        "step_median": step["median"],
-        "parity": parity if shown["status"] == "ok" else shown["status"],  # the reason stands below the table
-        **{key: None if shown[key] is None else 100 * shown[key] for key in ("mfu", "mfu_causal", "hfu")},
-        "peak_bytes": None if shown["peak_bytes"] is None else shown["peak_bytes"] / 2**20,
-    }
-    return [_cell(key, {**shown, **extra}[key]) for _, _, key, _ in COLUMNS]
+    shown["name"], shown["step_median"] = _name(record), shown["step_seconds"]["median"]
+    shown["parity"] = parity if shown["status"] == "ok" else shown["status"]  # the reason stands below the table
+    return {key: _cell(key, shown[key], scale) for _, _, key, _, scale in COLUMNS}
 
 
-def _cell(key: str, value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, str):
-        # A name is a folder's; any other comes from a file that no run of ours wrote.
-        return value if key != "name" or re.fullmatch(r"[ -~]*", value) else ascii(value)
+def _cell(key: str, value: Any, scale: float) -> str:
+    if value is None or isinstance(value, str):
+        return "-" if value is None else value
     if key in ("max_rel_grad_diff", "max_abs_loss_diff"):
         return f"{value:.1e}"
-    return f"{value:.4f}" if key == "loss" and abs(value) < 1e4 else three_digits(value)
+    return f"{value:.4f}" if key == "loss" and abs(value) < 1e4 else three_digits(scale * value)
 
 
 def three_digits(value: float) -> str:
@@ -138,23 +162,17 @@ def three_digits(value: float) -> str:
     return f"{value:.{decimals}f}"
 
 
-def number_in(value: Any) -> float | None:
-    """`value` where it is a number that can be shown; records may come from anywhere."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 else None
-
-
 def _fit(cell: str, width: int, align: str) -> str:
     return f"{cell if len(cell) <= width else cell[: width - 1] + '…':{align}{width}}"
 
 
 def remark_on(record: Mapping[str, Any]) -> str:
     """Why a run is not as it should be, wrapped; "" where it is."""
-    shown = row(record)
-    name = _cell("name", shown["name"])[:60]
-    if shown["status"] != "ok":
-        reason, *log = str(shown["reason"] or "no reason given")[:LARGEST_REASON].splitlines()
-        return "\n".join([_wrapped(f"{name}: {shown['status']}: {reason}"), *(_wrapped(line, "    ") for line in log)])
-    if shown["passed"] is False:
+    name = _name(record)[:60]
+    if record["status"] != "ok":
+        reason, *log = str(record["reason"] or "no reason given")[:LARGEST_REASON].splitlines()
+        return "\n".join([_wrapped(f"{name}: {record['status']}: {reason}"), *(_wrapped(line, "    ") for line in log)])
+    if record["parity"]["passed"] is False:
         return _wrapped(f"{name}: parity FAILED: its gradients are not those of one process")
     return ""
 
@@ -169,8 +187,8 @@ def _compared(records: Sequence[Mapping[str, Any]]) -> str:
     """On what, with what: the hardware, batch, sequence and precision that every printed number belongs to."""
 
     def each(section: str, key: str) -> str:
-        tables = [table if isinstance(table := part.get(section), dict) else {} for part in parts]
-        found = list(dict.fromkeys(str(table[key])[:80] for table in tables if table.get(key) is not None))
+        values = (table_in(part.get(section)).get(key) for part in parts)
+        found = list(dict.fromkeys(str(value)[:80] for value in values if value is not None))
         return " / ".join(found[:4]) + (" / ..." if len(found) > 4 else "") if found else "?"
 
     parts = [record["recipe"] | {key: record[key] for key in ("environment", "parity")} for record in records]

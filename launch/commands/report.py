@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
     on_page = write_page(arguments.folder, arguments.html) if arguments.html else 0
     if not records and not on_page:
         raise CommandError(f"{arguments.folder} holds no record.json, nor do its folders; give a folder of results")
-    order = {name: number for number, name in enumerate(variant_order(arguments.folder))}
+    order = variant_order(arguments.folder)
     records.sort(key=lambda record: order.get(record["recipe"]["name"], len(order)))
     if records or arguments.json:  # the page looks deeper into the folder than the table
         print(record_json([row(record) for record in records]) if arguments.json else table(records))
