@@ -13,7 +13,6 @@
 Every variant is validated before the first is started.
 """
 
-import dataclasses
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,10 +25,8 @@ from launch.supervisor import supervise
 from launch.table import progress_line
 from launch.terminal import CommandError, did_you_mean
 from parallel.measure.record import environment, new_record, read_record, write_record
-from parallel.recipe import SECTIONS, Recipe, RecipeError, apply_overrides, check_name, read_toml, recipe_from_tables
-
-KEYS = ("name", "base", "variant")
-VARIANT_KEYS = ("name", "set", "expect")
+from parallel.recipe import Recipe, RecipeError, check_name
+from parallel.recipe.reading import apply_overrides, read_toml, recipe_from_tables, refuse_unknown_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +55,12 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
 
     Raises CommandError, which names the file, the variant and the key.
     """
-    path = Path(path)
-    where = str(path)
+    path, where = Path(path), str(path)
     try:
         tables = read_toml(path)
         if not is_comparison(tables):
             raise CommandError(f"{path}: has neither base nor [[variant]]: a recipe; use lab run")
-        for key in tables:
-            if key not in KEYS:
-                raise RecipeError(key, tables[key], f"unknown key; {did_you_mean(key, KEYS)}")
+        _refuse_unknown(tables, ("name", "base", "variant"))
         name = tables.get("name", path.stem)
         check_name("name", name)
         if not isinstance(tables.get("base"), str):
@@ -91,9 +85,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
 
 
 def _variant(entry: Mapping[str, Any], base: Mapping[str, Any], overrides: Sequence[str]) -> Variant:
-    for key in entry:
-        if key not in VARIANT_KEYS:
-            raise RecipeError(key, entry[key], f"unknown key; {did_you_mean(key, VARIANT_KEYS)}")
+    _refuse_unknown(entry, ("name", "set", "expect"))
     if entry.get("expect", "refused") != "refused":
         raise RecipeError("expect", entry["expect"], 'the only thing to expect is "refused"')
     tables = apply_overrides(_with_settings(base, entry.get("set", {})), overrides) | {"name": entry["name"]}
@@ -102,45 +94,38 @@ def _variant(entry: Mapping[str, Any], base: Mapping[str, Any], overrides: Seque
     except RecipeError as error:
         if "expect" not in entry:
             raise
-        _refuse_unknown_keys(tables)
+        refuse_unknown_keys(tables)  # those are never the refusal that was expected
         return Variant(name=entry["name"], recipe=None, tables=tables, reason=str(error))
     if "expect" in entry:
         raise RecipeError("expect", entry["expect"], "but this variant can be run; remove the key")
     return Variant(name=recipe.name, recipe=recipe, tables=tables)
 
 
+def _refuse_unknown(table: Mapping[str, Any], known: Sequence[str]) -> None:
+    for key, value in table.items():
+        if key not in known:
+            raise RecipeError(key, value, f"unknown key; {did_you_mean(key, known)}")
+
+
 def _with_settings(base: Mapping[str, Any], settings: Any) -> dict[str, Any]:
     """`base` with each "section.key" of `settings` set; TOML reads the same written without quotes as a table."""
     if not isinstance(settings, dict):
         raise RecipeError("set", settings, 'give a table, as in { "parallel.tp" = 4 }')
-    tables = {key: dict(value) if isinstance(value, dict) else value for key, value in base.items()}
+    tables = dict(base)
     for name, value in settings.items():
         section, _, key = name.partition(".")
-        if not isinstance(tables.setdefault(section, {}), dict) or not (key or isinstance(value, dict)):
+        old, new = tables.get(section, {}), {key: value} if key else value
+        if not isinstance(old, dict) or not isinstance(new, dict):
             raise RecipeError(f"set.{name}", value, 'name a key of a section, as in { "parallel.tp" = 4 }')
-        tables[section] |= {key: value} if key else value
+        tables[section] = old | new
     return tables
-
-
-def _refuse_unknown_keys(tables: Mapping[str, Any]) -> None:
-    """A key that does not exist is a slip of the pen, never the refusal that was expected."""
-    for section, table_ in tables.items():
-        known = [field.name for field in dataclasses.fields(SECTIONS[section])] if section in SECTIONS else []
-        for key in table_ if isinstance(table_, dict) else ():
-            if key not in known:
-                raise RecipeError(f"{section}.{key}", table_[key], f"unknown key; {did_you_mean(key, known)}")
 
 
 # ---- running -------------------------------------------------------------------------------------------------------
 
 
 def run_comparison(
-    comparison: Comparison,
-    *,
-    out: Path,
-    say: Callable[[str], None],
-    options: Sequence[str] = (),
-    resume: bool = False,
+    comparison: Comparison, *, out: Path, say: Callable[[str], None], options: Sequence[str], resume: bool
 ) -> list[dict[str, Any]]:
     """Runs every variant, each whatever came of the others; the records, in order. `say` gets lines of progress.
 
@@ -151,8 +136,8 @@ def run_comparison(
     folder = out / comparison.name
     done = _done(comparison, folder) if resume else {}
     prepare_comparison(folder, comparison.name, [variant.name for variant in comparison.variants], keep=done)
-    n, n_left = len(comparison.variants), len(comparison.variants) - len(done)
-    start, n_run = time.monotonic(), 0
+    n, n_run, n_left = len(comparison.variants), 0, len(comparison.variants) - len(done)
+    start = time.monotonic()
     records = []
     for number, variant in enumerate(comparison.variants, start=1):
         if variant.name in done:
@@ -185,18 +170,14 @@ def predict(comparison: Comparison, *, out: Path, say: Callable[[str], None]) ->
 
 def _done(comparison: Comparison, folder: Path) -> dict[str, dict[str, Any]]:
     """The records in `folder` that another run of their variant would only repeat: of the same recipe and code."""
-    here = environment()
+    here = vars(environment())
     done = {}
     for variant in comparison.variants:
-        path = folder / variant.name / "record.json"
-        if variant.recipe is not None and path.exists():
-            record = read_record(path)
-            same_code = all(
-                record["environment"][key] == getattr(here, key) for key in ("parallel_lab", "git_commit", "torch")
-            )
-            same_recipe = record["recipe"] == variant.recipe.resolved()
-            if record["status"] in ("ok", "oom") and same_recipe and same_code:
-                done[variant.name] = record
+        record = read_record(folder / variant.name / "record.json")  # one that failed, where there is none
+        same_code = all(record["environment"][key] == here[key] for key in ("parallel_lab", "git_commit", "torch"))
+        same_recipe = variant.recipe is not None and record["recipe"] == variant.recipe.resolved()
+        if record["status"] in ("ok", "oom") and same_recipe and same_code:
+            done[variant.name] = record
     return done
 
 

@@ -1,10 +1,9 @@
 """Validate recipes and comparisons; starts nothing."""
 
 import argparse
-import dataclasses
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from launch.compare import Comparison, is_comparison, load_comparison
@@ -15,49 +14,25 @@ from parallel.corpus import open_corpus
 from parallel.measure.record import record_json
 from parallel.recipe import Data, Recipe, RecipeError, load_recipe, read_toml
 
+SUMMARY = ("file", "name", "error", "world_size", "layout", "n_microbatches", "n_stages", "parameters", "fullest_rank")
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", metavar="RECIPE|COMPARISON", nargs="+", help="TOML files")
-    parser.add_argument(
-        "--memory",
-        metavar="SIZE",
-        help="of one accelerator, as 80GiB: refuse what a dry run of every rank does not fit",
-    )
+    memory_help = "of one accelerator, as 80GiB: refuse what a dry run of every rank does not fit"
+    parser.add_argument("--memory", metavar="SIZE", help=memory_help)
     add_settings(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     memory_bytes = None if arguments.memory is None else n_bytes("--memory", arguments.memory)
-    checked: list[dict[str, Any]] = []
-
-    def note(file: str, name: str | None, recipe: Recipe | None) -> dict[str, Any]:
-        checked.append({"file": file, "name": name, "error": None, **_summary(recipe), "fullest_rank": None})
-        return checked[-1]
-
-    def refuse(summary: dict[str, Any], error: Exception) -> None:
-        summary["error"] = str(error)
-        whose = "" if summary["file"] in str(error) else f"{summary['file']}: "
-        print(f"lab: {printable(whose + str(error))}", file=sys.stderr)
-
+    checked = []
     for file in arguments.files:
-        try:
-            if is_comparison(read_toml(file)):
-                found = [
-                    (variant.name, variant.recipe) for variant in comparison_with_data(file, arguments.set).variants
-                ]
-            else:
-                recipe = recipe_with_data(file, arguments.set)
-                found = [(recipe.name, recipe)]
-        except (RecipeError, CommandError) as error:
-            refuse(note(file, None, None), error)
-            continue
-        for name, one in found:
-            summary = note(file, name, one)
-            if memory_bytes is not None and one is not None:
-                try:
-                    summary["fullest_rank"] = _fullest_rank(one, memory_bytes, arguments.memory)
-                except RecipeError as error:
-                    refuse(summary, error)
+        for summary in _summaries(file, arguments, memory_bytes):
+            checked.append(summary)
+            if error := summary["error"]:
+                whose = "" if file in error else f"{file}: "
+                print(f"lab: {printable(whose + error)}", file=sys.stderr)
     if arguments.json:
         print(record_json(checked))
     else:
@@ -96,32 +71,42 @@ def _open_data(data: Data, seq_len: int, vocab_size: int) -> None:
 # ---- what is said of one -------------------------------------------------------------------------------------------
 
 
-def _fullest_rank(recipe: Recipe, memory_bytes: int, given: str) -> dict[str, int]:
-    from parallel.fit import refuse_too_large  # other commands live without torch
+def _summaries(file: str, arguments: argparse.Namespace, memory_bytes: int | None) -> Iterator[dict[str, Any]]:
+    """Of each recipe in `file`, as soon as it is checked: SUMMARY, with None for what is not known."""
+    blank = dict.fromkeys(SUMMARY) | {"file": file}
+    try:
+        if is_comparison(read_toml(file)):
+            comparison = comparison_with_data(file, arguments.set)
+            found = [(variant.name, variant.recipe) for variant in comparison.variants]
+        else:
+            single = recipe_with_data(file, arguments.set)
+            found = [(single.name, single)]
+    except (RecipeError, CommandError) as error:
+        yield blank | {"error": str(error)}
+        return
+    for name, recipe in found:
+        summary: dict[str, Any] = blank | {"name": name}
+        if recipe is not None:
+            summary |= {key: getattr(recipe, key) for key in ("world_size", "n_microbatches", "n_stages")}
+            summary["layout"] = short_layout(vars(recipe.parallel) | {"world_size": recipe.world_size})
+            summary["parameters"] = recipe.model.n_parameters
+            if memory_bytes is not None:
+                from parallel.fit import refuse_too_large  # other commands live without torch
 
-    def say(line: str) -> None:
-        print(f"  {recipe.name}: dry run of {line}", file=sys.stderr, flush=True)
-
-    return refuse_too_large(recipe, memory_bytes=memory_bytes, given=given, say=say)
-
-
-def _summary(recipe: Recipe | None) -> dict[str, Any]:
-    keys = ("world_size", "layout", "n_microbatches", "n_stages", "parameters")
-    if recipe is None:
-        return dict.fromkeys(keys)
-    layout = short_layout({**dataclasses.asdict(recipe.parallel), "world_size": recipe.world_size})
-    values = (recipe.world_size, layout, recipe.n_microbatches, recipe.n_stages, recipe.model.n_parameters)
-    return dict(zip(keys, values, strict=True))
+                say = functools.partial(print, f"  {name}: dry run of", file=sys.stderr, flush=True)
+                try:
+                    fullest = refuse_too_large(recipe, memory_bytes=memory_bytes, given=arguments.memory, say=say)
+                    summary["fullest_rank"] = fullest
+                except RecipeError as error:
+                    summary["error"] = str(error)
+        yield summary
 
 
 def _in_words(summary: dict[str, Any]) -> str:
     if summary["world_size"] is None:
         return f"{summary['name']}: refused, as expected"
     ranks = f"{summary['world_size']} ranks ({summary['layout']})" if summary["world_size"] > 1 else "1 rank"
-    words = (
-        f"{summary['name']}: {ranks}, microbatches {summary['n_microbatches']}, stages {summary['n_stages']},"
-        f" parameters {summary['parameters']:,}"
-    )
-    if fullest := summary["fullest_rank"]:
-        words += f", at most {fullest['peak_bytes'] / 2**30:.4g} GiB (rank {fullest['rank']})"
-    return words
+    stages = f"microbatches {summary['n_microbatches']}, stages {summary['n_stages']}"
+    fullest = summary["fullest_rank"]
+    most = f", at most {fullest['peak_bytes'] / 2**30:.4g} GiB (rank {fullest['rank']})" if fullest else ""
+    return f"{summary['name']}: {ranks}, {stages}, parameters {summary['parameters']:,}{most}"

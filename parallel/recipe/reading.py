@@ -58,10 +58,7 @@ def apply_overrides(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict
 
 def recipe_from_tables(tables: Mapping[str, Any], *, default_name: str = "run") -> Recipe:
     """Validates parsed TOML. Raises RecipeError at the first thing that is wrong."""
-    for key, value in tables.items():
-        if key not in SECTIONS and key != "name":
-            kind = "section" if isinstance(value, dict) else "key"
-            raise RecipeError(key, value, f"unknown {kind}" + _did_you_mean(key, [*SECTIONS, "name"]))
+    refuse_unknown_keys(tables)
     given = {**tables, "model": _with_preset(tables.get("model", {}))}
     sections: dict[str, Any] = {key: _read_section(key, cls, given.get(key, {})) for key, cls in SECTIONS.items()}
     source = sections["data"].source
@@ -69,6 +66,20 @@ def recipe_from_tables(tables: Mapping[str, Any], *, default_name: str = "run") 
         if key not in ("source", *DATA_KEYS[source]):
             raise RecipeError(f"data.{key}", value, f"has no meaning with data.source = {source}; remove it")
     return Recipe(name=tables.get("name", default_name), **sections)
+
+
+def refuse_unknown_keys(tables: Mapping[str, Any]) -> None:
+    """RecipeError for the first section or key that does not exist: a slip of the pen, whatever else is wrong."""
+    for key, value in tables.items():
+        if key not in SECTIONS and key != "name":
+            kind = "section" if isinstance(value, dict) else "key"
+            raise RecipeError(key, value, f"unknown {kind}" + _did_you_mean(key, [*SECTIONS, "name"]))
+    for name, cls in SECTIONS.items():
+        known = [field.name for field in dataclasses.fields(cls)]
+        table = tables.get(name)
+        for key, value in table.items() if isinstance(table, dict) else ():
+            if key not in known:
+                raise RecipeError(f"{name}.{key}", value, "unknown key" + _did_you_mean(key, known))
 
 
 def _did_you_mean(word: str, known: Sequence[str]) -> str:
@@ -101,8 +112,4 @@ def _with_preset(table: Any) -> Any:
 def _read_section(name: str, cls: type[Section], table: Any) -> Section:
     if not isinstance(table, dict):
         raise RecipeError(name, table, f"is a section; write [{name}] with keys below it")
-    known = [field.name for field in dataclasses.fields(cls)]
-    for key, value in table.items():
-        if key not in known:
-            raise RecipeError(f"{name}.{key}", value, "unknown key" + _did_you_mean(key, known))
     return cls(**table)
