@@ -34,18 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = COMMANDS[arguments.command].run(arguments)
         sys.stdout.flush()
         return code
-    except (RecipeError, CommandError) as error:
-        print(f"lab: {printable(error)}", file=sys.stderr)
-        return 2
     except (KeyboardInterrupt, Interrupted) as error:
         print(f"lab: interrupted{f' by {error}' if str(error) else ''}; nothing is left running", file=sys.stderr)
         return 1
     except BrokenPipeError:  # as in `lab report runs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its end
         return 1
-    except OSError as error:
+    except (RecipeError, CommandError, OSError) as error:
         print(f"lab: {printable(error)}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, OSError) else 2
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

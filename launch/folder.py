@@ -8,7 +8,7 @@ A folder that holds something else is refused, and no file but these is ever rem
 
 import contextlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,8 @@ def refuse_other_folder(folder: Path, marks: tuple[str, ...]) -> None:
         raise RecipeError("--out", str(folder), f"cannot be read ({error.strerror}); give another folder") from None
     if held and not held & set(marks):
         kind = "run" if marks == RUN_FILES else "comparison"
-        raise RecipeError(
-            "--out", str(folder), f"holds something that is no {kind}; give another folder or another name"
-        )
+        remedy = f"holds something that is no {kind}; give another folder or another name"
+        raise RecipeError("--out", str(folder), remedy)
 
 
 def prepare_run(folder: Path) -> None:
@@ -98,12 +97,10 @@ def rank_log(folder: Path, rank: int) -> Path:
 
 def recipe_toml(recipe: Recipe) -> str:
     """The resolved recipe as a TOML file, which can be run again."""
-    lines = []
-    for key, value in recipe.resolved().items():
-        if isinstance(value, Mapping):
-            lines += ["", f"[{key}]", *(f"{k} = {_toml(v)}" for k, v in value.items())]
-        else:
-            lines.append(f"{key} = {_toml(value)}")
+    tables = recipe.resolved()
+    lines = [f"name = {_toml(tables.pop('name'))}"]
+    for section, table in tables.items():
+        lines += ["", f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in table.items())]
     return "\n".join(lines) + "\n"
 
 

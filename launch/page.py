@@ -34,21 +34,16 @@ def write_page(directory: Path, file: Path) -> int:
     return len(found)
 
 
-def find_records(directory: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(folder below `directory` with "/" between, record), the variants of a comparison in its order."""
-    found: list[tuple[str, dict[str, Any]]] = []
-
-    def search(folder: Path, below: tuple[str, ...]) -> None:
-        if (folder / "record.json").is_file():
-            found.append(("/".join(below) or folder.resolve().name, read_record(folder / "record.json")))
-        elif len(below) < DEEPEST and folder.is_dir():
-            order = variant_order(folder)
-            inner = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
-            for path in sorted(inner, key=lambda path: (order.get(path.name, len(order)), path.name)):
-                search(path, (*below, path.name))
-
-    search(directory, ())
-    return found
+def find_records(folder: Path, below: tuple[str, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """(folder below the first one with "/" between, record), the variants of a comparison in its order."""
+    if (folder / "record.json").is_file():
+        return [("/".join(below) or folder.resolve().name, read_record(folder / "record.json"))]
+    if len(below) == DEEPEST or not folder.is_dir():
+        return []
+    order = variant_order(folder)
+    inner = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+    inner.sort(key=lambda path: (order.get(path.name, len(order)), path.name))
+    return [found for path in inner for found in find_records(path, (*below, path.name))]
 
 
 def page_html(title: str, found: Sequence[tuple[str, Mapping[str, Any]]]) -> str:

@@ -43,23 +43,17 @@ def start(rank: int, world_size: int, port: int, folder: Path, options: Sequence
     Rank 0 prints to a pipe, which the supervisor copies to its log; all else goes to the rank's log directly.
     """
     root = str(Path(launch.__path__[0]).parent)
-    environment = {"OMP_NUM_THREADS": "1", **os.environ} | {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), root))),
-    }
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    environment |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+    environment |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world_size))
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONUNBUFFERED": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), root)))
     # -P: a folder called `parallel` where the user happens to be is not ours.
     command = [sys.executable, "-P", "-m", "launch.train", str(folder / "recipe.toml"), "--out", str(folder.parent)]
-    command += options
     log = rank_log(folder, rank)
     with open(log, "ab") as file:
         process = subprocess.Popen(
-            command,
+            [*command, *options],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if rank == 0 else file,

@@ -16,7 +16,7 @@ from typing import Any
 
 from launch.folder import prepare_run, recipe_toml
 from launch.starting import POLL_SECONDS, Rank, free_port, start, stop
-from launch.verdict import FRAME, place, settle, why
+from launch.verdict import FRAME, place, settle, text_of, why
 from parallel.recipe import Recipe, RecipeError
 
 GRACE_SECONDS = 5.0  # for the peers of a rank that died: they may have something to say
@@ -31,11 +31,8 @@ class Interrupted(Exception):
 def refuse_too_many(recipe: Recipe) -> None:
     """RecipeError where one machine should not be asked to start so many processes."""
     if recipe.world_size > MAX_LOCAL_RANKS:
-        raise RecipeError(
-            "parallel",
-            recipe.world_size,
-            f"is the world size; at most {MAX_LOCAL_RANKS} ranks start on one machine, more by torchrun on several",
-        )
+        most = f"at most {MAX_LOCAL_RANKS} ranks start on one machine, more by torchrun on several"
+        raise RecipeError("parallel", recipe.world_size, f"is the world size; {most}")
 
 
 def supervise(
@@ -43,10 +40,8 @@ def supervise(
 ) -> dict[str, Any]:
     """Runs `recipe` in out/<name>/ and returns its record, whatever came of it; `echo` gets what rank 0 prints.
 
-    options: of `rank_options`.
-
-    Raises RecipeError where the folder cannot be used, and Interrupted, with the record written, where SIGINT, SIGTERM
-    or SIGHUP came. When it returns or raises no process of the run is left.
+    options: of `rank_options`. Raises RecipeError where the folder cannot be used, and Interrupted, with the record
+    written, where SIGINT, SIGTERM or SIGHUP came. When it returns or raises no process of the run is left.
     """
     folder = out / recipe.name
     prepare_run(folder)
@@ -108,8 +103,7 @@ def _watch(
         if not running or time.monotonic() > deadline:
             break
     if first is None and running:
-        where = _ask_where(running)
-        return "timeout", f"not done in {limit_seconds:g} s (train.time_limit_seconds): {where}"
+        return "timeout", f"not done in {limit_seconds:g} s (train.time_limit_seconds): {_ask_where(running)}"
     output.copy(0)
     return why(first.log.parent.parent, first.rank, first.process.returncode) if first else None
 
@@ -144,23 +138,15 @@ def _ask_where(running: list[Rank]) -> str:
     """Has each rank write its stack to its log, and says in a line where each is: those at one place together."""
     before = {rank.rank: rank.log.stat().st_size for rank in running}
     for rank in running:
-        with contextlib.suppress(ProcessLookupError):
-            rank.process.send_signal(signal.SIGUSR1)
+        rank.process.send_signal(signal.SIGUSR1)
+    earlier: dict[int, str] | None = None
     stacks: dict[int, str] = {}
     deadline = time.monotonic() + STACK_SECONDS
-    settled = False
-    while not settled and time.monotonic() < deadline:  # until each has answered and no answer grows
+    # Until each has answered and no answer grows.
+    while time.monotonic() < deadline and not (stacks == earlier and all(map(FRAME.search, stacks.values()))):
         time.sleep(4 * POLL_SECONDS)
-        now = {rank.rank: _text_after(rank.log, before[rank.rank]) for rank in running}
-        settled = now == stacks and all(FRAME.search(text) for text in now.values())
-        stacks = now
+        earlier, stacks = stacks, {rank.rank: text_of(rank.log, start=before[rank.rank]) for rank in running}
     places: dict[str, list[int]] = {}
-    for rank in running:
-        places.setdefault(place(stacks[rank.rank]), []).append(rank.rank)
+    for number, stack in stacks.items():
+        places.setdefault(place(stack), []).append(number)
     return "; ".join(f"rank{'s' * (len(at) > 1)} {', '.join(map(str, at))} {where}" for where, at in places.items())
-
-
-def _text_after(path: Path, n_bytes: int) -> str:
-    with open(path, "rb") as file:
-        file.seek(n_bytes)
-        return file.read().decode(errors="replace")

@@ -62,23 +62,17 @@ def n_bytes(key: str, text: str) -> int:
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="over the file, as train.steps=5; repeat it"
-    )
+    over = "over the file, as train.steps=5; repeat it"
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=over)
 
 
 def add_rank_options(parser: argparse.ArgumentParser) -> None:
     """Those that `lab run` and `lab compare` hand on to launch.train."""
-    parser.add_argument(
-        "--peak-flops",
-        metavar="FLOPS",
-        type=float,
-        help="dense FLOP/s of one rank's device, as 989e12, for MFU where its datasheet is not known",
-    )
-    parser.add_argument(
-        "--profile", action="store_true", help="each rank writes a trace of step 4, which ui.perfetto.dev shows"
-    )
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs"), help="results; default: runs")
+    add = parser.add_argument
+    peak = "dense FLOP/s of one rank's device, as 989e12, for MFU where its datasheet is not known"
+    add("--peak-flops", metavar="FLOPS", type=float, help=peak)
+    add("--profile", action="store_true", help="each rank writes a trace of step 4, which ui.perfetto.dev shows")
+    add("--out", metavar="DIR", type=Path, default=Path("runs"), help="results; default: runs")
 
 
 def rank_options(arguments: argparse.Namespace) -> list[str]:

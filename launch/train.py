@@ -35,12 +35,9 @@ def main(argv: list[str]) -> int:
         rank_options(arguments)
         recipe = load_recipe(arguments.recipe, arguments.set)
         if world_size != recipe.world_size:
-            raise RecipeError(
-                "WORLD_SIZE",
-                world_size,
-                f"the product of [parallel] is {recipe.world_size}; torchrun --nproc-per-node {recipe.world_size}"
-                " (times the nodes) gives as many",
-            )
+            n = recipe.world_size
+            remedy = f"the product of [parallel] is {n}; torchrun --nproc-per-node {n} (times the nodes) gives as many"
+            raise RecipeError("WORLD_SIZE", world_size, remedy)
         folder = arguments.out / recipe.name
         folder.mkdir(parents=True, exist_ok=True)
         if rank == 0:

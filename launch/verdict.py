@@ -78,27 +78,28 @@ def why(folder: Path, rank: int, code: int) -> tuple[str, str]:
 
     code: negative where a signal ended it, as in subprocess.
     """
-    written = read_record(folder / "record.json") if (folder / "record.json").exists() else None
-    if code > 0 and written and written["kind"] and written["status"] != "ok":
-        reason = written["reason"] or ""
-        if written["status"] == "refused":
-            return "refused", reason
-        teller = re.match(r"rank (\d+): ", reason)
-        log = rank_log(folder, int(teller[1]) if teller else rank)
-        return written["status"], f"{reason}\n{_tail(log if log.exists() else rank_log(folder, rank))}"
+    written = read_record(folder / "record.json")  # of no kind where there is none to be had
     log = rank_log(folder, rank)
-    return "failed", f"rank {rank} {_end_in_words(code, log)}\n{_tail(log)}"
+    if code < 0 or not written["kind"] or written["status"] == "ok":
+        return "failed", f"rank {rank} {_end_in_words(code, log)}\n{_tail(log)}"
+    reason = written["reason"] or ""
+    if written["status"] != "refused":
+        teller = re.match(r"rank (\d+): ", reason)
+        tellers_log = rank_log(folder, int(teller[1])) if teller else log
+        reason += f"\n{_tail(tellers_log if tellers_log.exists() else log)}"
+    return written["status"], reason
 
 
 def settle(recipe: Recipe, folder: Path, failure: tuple[str, str] | None) -> dict[str, Any]:
     """The record of the run: the ranks' own where all went well, else with the failure and the steps that were done."""
     path = folder / "record.json"
+    written = read_record(path)  # of another recipe, where there is none to be had
     if failure is None:
         if path.exists():
-            return read_record(path)
+            return written
         failure = ("failed", "every rank ended well, but none wrote record.json")
     record = new_record(recipe) | {"steps": read_steps(folder / "steps.jsonl")}
-    if path.exists() and (written := read_record(path))["recipe"] == record["recipe"]:
+    if written["recipe"] == record["recipe"]:
         record = written
     record |= {"status": failure[0], "reason": failure[1]}
     write_record(path, record)
@@ -110,13 +111,13 @@ def _end_in_words(code: int, log: Path) -> str:
         return f"ended with exit code {code}"
     name = next((number.name for number in signal.Signals if number == -code), f"signal {-code}")
     hint = ", as the kernel does when memory runs out" if -code == signal.SIGKILL else ""
-    _, stacks = _last_words(log)
+    _, _, stacks = text_of(log).partition(FATAL)
     return f"was killed by {name}{hint}" + (f" {place(stacks)}" if stacks else "")
 
 
 def _tail(log: Path) -> str:
     """The last lines of a rank's log, but for the stacks of a fatal error."""
-    said, _ = _last_words(log)
+    said, *_ = text_of(log).partition(FATAL)
     lines = [line for line in said.splitlines() if line.strip(" ^~")]  # a traceback underlines with those
     if not lines:
         return f"logs/{log.name} is empty"
@@ -124,13 +125,12 @@ def _tail(log: Path) -> str:
     return "\n".join([f"logs/{log.name} ends with:", *last])
 
 
-def _last_words(log: Path) -> tuple[str, str]:
-    """What a log ends with: what the rank said, and the stacks of a fatal error if it had one."""
+def text_of(log: Path, *, start: int = 0) -> str:
+    """What a log says from the byte `start` on, the last 64 KiB of it at most; "" where there is no log."""
     with contextlib.suppress(OSError), open(log, "rb") as file:
-        file.seek(max(0, log.stat().st_size - 65536))
-        said, _, stacks = file.read().decode(errors="replace").partition(FATAL)
-        return said, stacks
-    return "", ""
+        file.seek(max(start, log.stat().st_size - 65536))
+        return file.read().decode(errors="replace")
+    return ""
 
 
 # ---- where a rank is, or was ---------------------------------------------------------------------------------------

@@ -12,13 +12,10 @@ from parallel.measure.record import record_json
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("comparison", metavar="COMPARISON", help="a TOML file; see recipes/compare/")
-    parser.add_argument(
-        "--resume", action="store_true", help="keep what an interrupted call has done with the same recipes and code"
-    )
-    parser.add_argument(
-        "--predict", action="store_true", help="dry-run every variant, too: the page shows predicted beside measured"
-    )
+    add = parser.add_argument
+    add("comparison", metavar="COMPARISON", help="a TOML file; see recipes/compare/")
+    add("--resume", action="store_true", help="keep what an interrupted call has done with the same recipes and code")
+    add("--predict", action="store_true", help="dry-run every variant, too: the page shows predicted beside measured")
     add_settings(parser)
     add_rank_options(parser)
 

@@ -15,9 +15,8 @@ from parallel.recipe import RecipeError, load_recipe, read_toml
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a TOML file")
-    parser.add_argument(
-        "--world-size", metavar="N", type=int, help="scale data-parallel ranks and batch to N ranks in all"
-    )
+    n_ranks = "scale data-parallel ranks and batch to N ranks in all"
+    parser.add_argument("--world-size", metavar="N", type=int, help=n_ranks)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--rank", metavar="R", type=int, default=0, help="which rank; default: 0")
     which.add_argument("--all-distinct-ranks", action="store_true", help="one rank of each kind")
