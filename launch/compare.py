@@ -50,8 +50,10 @@ def is_comparison(tables: Mapping[str, Any]) -> bool:
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
-def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
-    """Reads a comparison and validates every variant, with `overrides` on top of each.
+def load_comparison(
+    path: str | Path, overrides: Sequence[str] = (), *, check: Callable[[Recipe], None] = lambda recipe: None
+) -> Comparison:
+    """Reads a comparison and validates every variant, with `overrides` on top of each; `check` may refuse it, too.
 
     Raises CommandError, which names the file, the variant and the key.
     """
@@ -78,7 +80,9 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
             where = f"{path}: variant {entry['name']}"
             if entry["name"].lower() in variants:  # some file systems hold the two for one
                 raise RecipeError("name", entry["name"], "is the name of an earlier variant; give each its own")
-            variants[entry["name"].lower()] = _variant(entry, base, overrides)
+            variant = variants[entry["name"].lower()] = _variant(entry, base, overrides)
+            if variant.recipe is not None:
+                check(variant.recipe)
     except RecipeError as error:
         raise CommandError(f"{where}: {error}") from None
     return Comparison(name=name, variants=tuple(variants.values()))
@@ -129,9 +133,8 @@ def run_comparison(
 ) -> list[dict[str, Any]]:
     """Runs every variant, each whatever came of the others; the records, in order. `say` gets lines of progress.
 
-    resume: takes the records of variants that an earlier, interrupted call has done as they are.
-    Writes out/<name>/<variant>/ as each is done. Raises RecipeError before anything is started where a folder cannot
-    be used, and Interrupted.
+    resume: takes the records of variants that an earlier, interrupted call has done as they are. Raises RecipeError
+    before anything is started where a folder cannot be used, and Interrupted.
     """
     folder = out / comparison.name
     done = _done(comparison, folder) if resume else {}

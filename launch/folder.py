@@ -60,10 +60,7 @@ def remove_results(folder: Path) -> None:
 
 
 def prepare_comparison(folder: Path, name: str, variants: Sequence[str], *, keep: Collection[str] = ()) -> None:
-    """A folder for a comparison, without the results of an earlier one of this name but those of the variants to keep.
-
-    Raises RecipeError.
-    """
+    """A folder for a comparison, without what an earlier one left, but for the variants to keep. Raises RecipeError."""
     refuse_other_folder(folder, COMPARISON_FILES)
     for variant in variants:
         refuse_other_folder(folder / variant, RUN_FILES)

@@ -17,7 +17,7 @@ from launch.folder import variant_order
 from launch.table import LONGEST_TEXT, number_in, picked, short_layout, table_in, text_in
 from parallel.measure.record import CATEGORIES, Memory, Record, read_record
 
-SCRIPTS = ("tools.js", "figures.js", "charts.js", "page.js")  # one script in the page, in this order
+ASSETS = ("page.css", "template.html", "tools.js", "figures.js", "charts.js", "page.js")  # in the order of the scripts
 DEEPEST = 4  # folders below the one that is given, as in machine / comparison / predicted / variant
 MOST_STEPS = 500  # points of a loss curve; of a longer run, evenly spaced ones and the last
 MOST_ACTIONS = 20_000  # of a pipeline's timeline
@@ -25,10 +25,7 @@ MOST_LANES = 16  # ranks of a timeline; of more, one for each of the pipeline's
 
 
 def write_page(directory: Path, file: Path) -> int:
-    """Writes the page of all results in and below `directory`, if there are any; the number of records that it shows.
-
-    Raises OSError where `file` cannot be written.
-    """
+    """Writes the page of all results in and below `directory`, if there are any; how many records it shows."""
     if found := find_records(directory):
         file.write_text(page_html(directory.resolve().name or "results", found), encoding="utf-8")
     return len(found)
@@ -48,15 +45,10 @@ def find_records(folder: Path, below: tuple[str, ...] = ()) -> list[tuple[str, d
 
 def page_html(title: str, found: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """The whole page. title: plain text; found: unique identifiers with "/" between folders, and their records."""
-    assets = files("launch") / "page"
-    style, text, *scripts = (
-        (assets / name).read_text(encoding="utf-8") for name in ("page.css", "template.html", *SCRIPTS)
-    )
+    style, text, *scripts = ((files("launch") / "page" / name).read_text(encoding="utf-8") for name in ASSETS)
     script = "\n".join(scripts)
-    policy = (
-        f"default-src 'none'; script-src '{_sha256(script)}'; style-src '{_sha256(style)}'; img-src data:;"
-        " base-uri 'none'; form-action 'none'"
-    )
+    known = f"script-src '{_sha256(script)}'; style-src '{_sha256(style)}'"
+    policy = f"default-src 'none'; {known}; img-src data:; base-uri 'none'; form-action 'none'"
     # The data last: a placeholder can hide in no record, for the data has no "<" ...
     data = json.dumps({"title": title, **page_data(found)}, separators=(",", ":"), allow_nan=False)
     for placeholder, value in (
@@ -209,9 +201,9 @@ def _traffic(traffic: Any) -> list[dict[str, Any]] | None:
 
 
 def _timeline(timeline: Any) -> dict[str, Any] | None:
-    """{ranks: how many there were, kinds: names of actions, actions: rows}, seconds since the first action.
+    """{ranks: how many there were, kinds: names of actions, actions: rows, as thousands of them take little room}.
 
-    A row is [rank, stage, microbatch, index of its kind, start, end]: thousands of them take little room so.
+    A row is [rank, stage, microbatch, index of its kind, start, end], in seconds since the first action.
     """
     actions = []
     for row in _rows(timeline):

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import socket
@@ -50,6 +51,8 @@ def start(rank: int, world_size: int, port: int, folder: Path, options: Sequence
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), root)))
     # -P: a folder called `parallel` where the user happens to be is not ours.
     command = [sys.executable, "-P", "-m", "launch.train", str(folder / "recipe.toml"), "--out", str(folder.parent)]
+    linux = sys.platform == "linux"
+    ask = functools.partial(_ask_to_die_with, os.getpid(), ctypes.CDLL(None).prctl) if linux else None
     log = rank_log(folder, rank)
     with open(log, "ab") as file:
         process = subprocess.Popen(
@@ -59,21 +62,16 @@ def start(rank: int, world_size: int, port: int, folder: Path, options: Sequence
             stdout=subprocess.PIPE if rank == 0 else file,
             stderr=file,
             start_new_session=True,
-            preexec_fn=_die_with(os.getpid()) if sys.platform == "linux" else None,
+            preexec_fn=ask,
         )
     return Rank(rank, process, log)
 
 
-def _die_with(parent: int) -> Callable[[], None]:
-    """What a child does before it runs: asks to be killed when its parent dies, even by SIGKILL."""
-    prctl = ctypes.CDLL(None).prctl
-
-    def ask() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before it was asked
-            os._exit(1)
-
-    return ask
+def _ask_to_die_with(parent: int, prctl: Callable[[int, int], int]) -> None:
+    """In a child, before it runs: asks to be killed when its parent dies, even by SIGKILL."""
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before it was asked
+        os._exit(1)
 
 
 def stop(ranks: list[Rank]) -> None:
@@ -92,10 +90,9 @@ def stop(ranks: list[Rank]) -> None:
 
 @contextlib.contextmanager
 def free_port() -> Iterator[int]:
-    """A TCP port for rank 0 to listen on.
+    """A TCP port for rank 0 to listen on, bound here, without listening, so that nobody else is given it.
 
-    It stays bound here, without listening, so that nobody else is given it; where both ends set SO_REUSEADDR, as
-    torch's store does, Linux lets rank 0 listen on it all the same.
+    Where both ends set SO_REUSEADDR, as torch's store does, Linux lets rank 0 listen on it all the same.
     """
     with socket.socket() as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -39,11 +39,8 @@ LEGEND = (
 )
 
 
-# ---- what is taken of a record, which may be anyone's --------------------------------------------------------------
-
-
 def number_in(value: Any) -> float | None:
-    """`value` where it is a number that can be shown."""
+    """`value` where it is a number that can be shown; records may come from anywhere."""
     return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 else None
 
 
@@ -91,9 +88,6 @@ def short_layout(layout: Mapping[str, Any]) -> str | None:
         return None
     sizes = {short: number_in(layout.get(dim)) for dim, short in MESH_DIMS.items()}
     return "·".join(f"{short}{size:.0f}" for short, size in sizes.items() if size and size > 1) or "1 rank"
-
-
-# ---- what is said of it --------------------------------------------------------------------------------------------
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:

@@ -74,10 +74,7 @@ def _let_peer_speak(record: Path) -> None:
 
 
 def why(folder: Path, rank: int, code: int) -> tuple[str, str]:
-    """(status, reason) of a run in `folder` whose `rank` was the first to end with an exit code other than 0.
-
-    code: negative where a signal ended it, as in subprocess.
-    """
+    """(status, reason) of a run whose `rank` was the first to end badly, with an exit `code`, negative for a signal."""
     written = read_record(folder / "record.json")  # of no kind where there is none to be had
     log = rank_log(folder, rank)
     if code < 0 or not written["kind"] or written["status"] == "ok":

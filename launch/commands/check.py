@@ -42,33 +42,26 @@ def run(arguments: argparse.Namespace) -> int:
     return 2 if any(summary["error"] for summary in checked) else 0
 
 
-# ---- a recipe or comparison whose data can be opened, too ----------------------------------------------------------
-
-
 def recipe_with_data(file: str, overrides: Sequence[str]) -> Recipe:
+    """A recipe whose data can be opened, too."""
     recipe = load_recipe(file, overrides)
     _open_data(recipe.data, recipe.train.seq_len, recipe.model.vocab_size)
     return recipe
 
 
 def comparison_with_data(file: str, overrides: Sequence[str]) -> Comparison:
-    comparison = load_comparison(file, overrides)
-    for variant in comparison.variants:
-        if (recipe := variant.recipe) is not None:
-            try:
-                refuse_too_many(recipe)
-                _open_data(recipe.data, recipe.train.seq_len, recipe.model.vocab_size)
-            except RecipeError as error:
-                raise CommandError(f"{file}: variant {variant.name}: {error}") from None
-    return comparison
+    """A comparison whose variants can be started here."""
+
+    def check(recipe: Recipe) -> None:
+        refuse_too_many(recipe)
+        _open_data(recipe.data, recipe.train.seq_len, recipe.model.vocab_size)
+
+    return load_comparison(file, overrides, check=check)
 
 
 @functools.cache
 def _open_data(data: Data, seq_len: int, vocab_size: int) -> None:
     open_corpus(data, seq_len=seq_len, vocab_size=vocab_size, seed=0)
-
-
-# ---- what is said of one -------------------------------------------------------------------------------------------
 
 
 def _summaries(file: str, arguments: argparse.Namespace, memory_bytes: int | None) -> Iterator[dict[str, Any]]:
