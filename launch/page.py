@@ -170,9 +170,9 @@ def _memory(memory: Mapping[str, Any]) -> dict[str, Any] | None:
     None where no peak was measured. A dry run that looked at some kinds of rank only does not know all.
     """
     known = picked(memory, Memory)
-    per_rank = [_rank_memory(row) for row in _rows(memory["per_rank"])]
-    by_peak = sorted((rank for rank in per_rank if rank["peak_bytes"] is not None), key=lambda rank: rank["peak_bytes"])
-    ends = by_peak or [_rank_memory({"peak_bytes": memory[f"{end}_peak_bytes"]}) for end in ("min", "max")]
+    by_peak = [rank for row in _rows(memory["per_rank"]) if (rank := _rank_memory(row))["peak_bytes"] is not None]
+    by_peak.sort(key=lambda rank: rank["peak_bytes"])
+    ends = by_peak or [_rank_memory({"peak_bytes": known[f"{end}_peak_bytes"]}) for end in ("min", "max")]
     if ends[-1]["peak_bytes"] is None:
         return None
     return {

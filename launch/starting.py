@@ -19,6 +19,7 @@ from launch.folder import rank_log
 TERMINATE_SECONDS = 3.0  # between SIGTERM and SIGKILL
 POLL_SECONDS = 0.05
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+ON_LINUX = sys.platform == "linux"
 
 
 @dataclass
@@ -39,10 +40,7 @@ class Rank:
 
 
 def start(rank: int, world_size: int, port: int, folder: Path, options: Sequence[str]) -> Rank:
-    """Starts launch.train on folder/recipe.toml.
-
-    Rank 0 prints to a pipe, which the supervisor copies to its log; all else goes to the rank's log directly.
-    """
+    """Starts launch.train on folder/recipe.toml. Rank 0 prints to a pipe; all else goes to the log of the rank."""
     root = str(Path(launch.__path__[0]).parent)
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     environment |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
@@ -51,8 +49,7 @@ def start(rank: int, world_size: int, port: int, folder: Path, options: Sequence
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), root)))
     # -P: a folder called `parallel` where the user happens to be is not ours.
     command = [sys.executable, "-P", "-m", "launch.train", str(folder / "recipe.toml"), "--out", str(folder.parent)]
-    linux = sys.platform == "linux"
-    ask = functools.partial(_ask_to_die_with, os.getpid(), ctypes.CDLL(None).prctl) if linux else None
+    ask = functools.partial(_ask_to_die_with, os.getpid(), ctypes.CDLL(None).prctl) if ON_LINUX else None
     log = rank_log(folder, rank)
     with open(log, "ab") as file:
         process = subprocess.Popen(
@@ -98,6 +95,6 @@ def free_port() -> Iterator[int]:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         held.bind(("127.0.0.1", 0))
         port = held.getsockname()[1]
-        if sys.platform != "linux":
+        if not ON_LINUX:
             held.close()
         yield port

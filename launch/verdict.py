@@ -140,12 +140,12 @@ def place(stacks: str) -> str:
     """Where the main thread is, from faulthandler's text: the innermost function of torch or of this project, and the
     line of this project that it was called from."""
     main_thread = THREAD.split(stacks)[-1]  # the first thread of a process comes last
-    frames = [(match["function"], _shown_path(match["file"]), match["line"]) for match in FRAME.finditer(main_thread)]
+    frames = [(match["function"], *_shown_path(match["file"]), match["line"]) for match in FRAME.finditer(main_thread)]
     if not THREAD.search(stacks) or not frames:
         return "gave no stack"
-    innermost = next((frame for frame in frames if frame[1][0]), frames[0])
-    ours = next((frame for frame in frames if frame[1][0] == "ours"), innermost)
-    return f"in {innermost[0]} ({ours[1][1]}:{ours[2]})"
+    innermost = next((frame for frame in frames if frame[1]), frames[0])
+    _, _, path, line = next((frame for frame in frames if frame[1] == "ours"), innermost)
+    return f"in {innermost[0]} ({path}:{line})"
 
 
 def _shown_path(file: str) -> tuple[str, str]:
@@ -153,6 +153,5 @@ def _shown_path(file: str) -> tuple[str, str]:
     for package in (*parallel.__path__, *launch.__path__):
         if file.startswith(package + os.sep):
             return "ours", str(Path(file).relative_to(Path(package).parent))
-    if match := re.search(r"-packages/(torch/.*)$", file):
-        return "torch", match[1]
-    return "", Path(file).name
+    match = re.search(r"-packages/(torch/.*)$", file)
+    return ("torch", match[1]) if match else ("", Path(file).name)

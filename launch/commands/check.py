@@ -33,12 +33,10 @@ def run(arguments: argparse.Namespace) -> int:
             if error := summary["error"]:
                 whose = "" if file in error else f"{file}: "
                 print(f"lab: {printable(whose + error)}", file=sys.stderr)
+            elif not arguments.json:
+                print(printable(f"{file}: {_in_words(summary)}"))
     if arguments.json:
         print(record_json(checked))
-    else:
-        for summary in checked:
-            if summary["error"] is None:
-                print(printable(f"{summary['file']}: {_in_words(summary)}"))
     return 2 if any(summary["error"] for summary in checked) else 0
 
 
