@@ -17,7 +17,7 @@ from launch.folder import variant_order
 from launch.table import LONGEST_TEXT, number_in, picked, short_layout, table_in, text_in
 from parallel.measure.record import CATEGORIES, Memory, Record, read_record
 
-ASSETS = ("page.css", "template.html", "tools.js", "figures.js", "charts.js", "page.js")  # in the order of the scripts
+ASSETS = ("page.css", "template.html", "tools.js", "figures.js", "charts.js", "page.js")  # scripts in this order
 DEEPEST = 4  # folders below the one that is given, as in machine / comparison / predicted / variant
 MOST_STEPS = 500  # points of a loss curve; of a longer run, evenly spaced ones and the last
 MOST_ACTIONS = 20_000  # of a pipeline's timeline

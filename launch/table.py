@@ -53,7 +53,7 @@ def table_in(value: Any) -> dict[str, Any]:
 
 
 def picked(values: Any, kind: Any) -> dict[str, Any]:
-    """The numbers, texts and flags of `kind`, Record or a section of it; None for what is none or of another type."""
+    """The fields of `kind`, Record or a section of it: None for all but the number, text or flag of its type."""
 
     def pick(value: Any, type_: Any) -> Any:
         if dataclasses.is_dataclass(type_):
