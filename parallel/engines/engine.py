@@ -22,26 +22,21 @@ class Engine(Protocol):
 
         tokens, targets: what this rank's replica trains on in one step, int64 (replica_batch, seq_len).
         """
-        ...
 
     def update(self) -> Tensor:
         """Clips, takes the optimizer's step; the global gradient norm before clipping, on every rank."""
-        ...
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """This rank's, under their names in the whole model; two copies of one weight bear the same name."""
-        ...
 
     def gradient(self, name: str) -> list[Tensor]:
         """This rank's gradients of the parameter of that name, since `gradients`: none, one, or one of each copy.
 
         Each is a DTensor that knows which part of the whole it is, or whole.
         """
-        ...
 
     def state(self) -> dict[str, Tensor]:
         """All that training changes: parameters by name, and the optimizer's state as "<name>.<its key>"."""
-        ...
 
 
 def run_step(engine: Engine, step: Step, batch: Callable[[int], Iterable[Tensor]]) -> None:

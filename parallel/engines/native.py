@@ -1,11 +1,10 @@
 """The lab's own engine: the model as `assemble` splits it, and AdamW."""
 
-import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import record_function
 
@@ -28,10 +27,14 @@ class NativeEngine:
         device: torch.device,
         load: Callable[[Transformer, Recipe, torch.device], None] = load_initial_weights,
     ) -> None:
-        self.recipe, self.mesh = recipe, mesh
-        self.observers: list[Observer] = []
-        around = functools.partial(_around, self.observers)
+        observers: list[Observer] = []
+
+        def around(action: Action) -> AbstractContextManager[None]:
+            return nested(observer.around(action) for observer in observers)
+
+        self.recipe, self.mesh, self.observers = recipe, mesh, observers
         self.model = assemble(recipe, mesh=mesh, device=device, load=load, around=around)
+        self.named_parameters, self.gradient = self.model.named_parameters, self.model.gradient
         train = recipe.train
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             [parameter for _, parameter in self.named_parameters()],
@@ -53,19 +56,9 @@ class NativeEngine:
             self.optimizer.step()
         return norm
 
-    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return self.model.named_parameters()
-
-    def gradient(self, name: str) -> list[Tensor]:
-        return self.model.gradient(name)
-
     def state(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         for name, parameter in self.named_parameters():
             state[name] = parameter
             state |= {f"{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
         return state
-
-
-def _around(observers: list[Observer], action: Action) -> AbstractContextManager[None]:
-    return nested(observer.around(action) for observer in observers)
