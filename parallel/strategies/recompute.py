@@ -1,10 +1,5 @@
 """Activation checkpointing: keep fewer activations, and compute them again in backward (Chen et al. 2016,
-arXiv:1604.06174). Gradients stay bit-equal.
-
-    full        each block keeps its input only
-    every(n)    so does each n-th block
-    sqrt        √N groups of √N blocks keep one input each
-    selective   each block keeps the results of the operations named, and recomputes the cheap rest (arXiv:2205.05198)
+arXiv:1604.06174; selective: arXiv:2205.05198). Gradients stay bit-equal. docs/strategies.md has what each mode keeps.
 """
 
 import functools
@@ -44,9 +39,9 @@ def apply_recompute(model: Transformer, options: Recompute) -> None:
         block.run = _selective(options.save) if options.mode == "selective" else _recomputed
 
 
-def _recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+def _recomputed(function: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
     # Nothing in a block draws random numbers, so their state need not be saved.
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 def _selective(save: tuple[Operation, ...]) -> Callable[..., Tensor]:
@@ -56,11 +51,7 @@ def _selective(save: tuple[Operation, ...]) -> Callable[..., Tensor]:
         return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)
-
-    def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
-
-    return recomputed
+    return functools.partial(_recomputed, context_fn=contexts)
 
 
 def _walk_in_groups(size: int, blocks: Iterable[nn.Module], x: Tensor, rotary: Rotary) -> Tensor:
