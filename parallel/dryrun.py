@@ -3,8 +3,6 @@
 The recipe is assembled and stepped by the code that trains it, on fake tensors, which have a shape, a type and a
 storage that takes no memory, and on a fake process group, whose collectives return at once. Bytes, collectives and
 FLOPs are counted by the trackers of a measured run.
-
-    record = dry_run(load_recipe("recipes/large/llama3-8b-fsdp.toml"), ranks=[0])
 """
 
 import concurrent.futures
@@ -98,9 +96,8 @@ def dry_run_rank(recipe: Recipe, *, rank: int) -> Measures:
     def batch(number: int) -> tuple[Tensor, Tensor]:
         # For the first, one microbatch is enough; a pipeline takes all of them or none.
         all_of_them = number == COUNTED_STEP or recipe.parallel.pp > 1
-        tokens = torch.empty(
-            recipe.replica_batch if all_of_them else recipe.micro_batch, recipe.train.seq_len, dtype=torch.int64
-        )
+        n_sequences = recipe.replica_batch if all_of_them else recipe.micro_batch
+        tokens = torch.empty(n_sequences, recipe.train.seq_len, dtype=torch.int64)
         return tokens, torch.empty_like(tokens)
 
     with fake_group(rank=rank, world_size=recipe.world_size):

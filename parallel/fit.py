@@ -26,12 +26,9 @@ def refuse_too_large(recipe: Recipe, *, memory_bytes: int, given: str, say: Call
         if memory["peak_bytes"] > memory_bytes:
             parts = sorted(REMEDIES, key=lambda part: -memory[f"{part}_bytes"])
             split = ", ".join(f"{part} {memory[f'{part}_bytes'] / 2**30:.3g}" for part in parts)
-            raise RecipeError(
-                "--memory",
-                given,
-                f"rank {rank} of {recipe.name} needs {memory['peak_bytes'] / 2**30:.4g} GiB ({split}), and an"
-                f" allocator takes some more; for {parts[0]} take {REMEDIES[parts[0]]}",
-            )
+            needs = f"rank {rank} of {recipe.name} needs {memory['peak_bytes'] / 2**30:.4g} GiB ({split})"
+            remedy = f"{needs}, and an allocator takes some more; for {parts[0]} take {REMEDIES[parts[0]]}"
+            raise RecipeError("--memory", given, remedy)
         if memory["peak_bytes"] > fullest["peak_bytes"]:
             fullest = {"rank": rank, **memory}
     return fullest

@@ -17,23 +17,17 @@ def choose_device(recipe: Recipe) -> torch.device:
 
     Raises RecipeError where the recipe asks for CUDA and it cannot be had, or for a kernel that the device lacks.
     """
-    device = _device(recipe)
-    attention, dtype = recipe.train.attention, recipe.train.dtype
-    if device.type == "cpu" and attention == "cudnn":
-        raise RecipeError("train.attention", attention, "needs CUDA, and this run is on a CPU; use auto, flash or math")
-    if device.type == "cuda" and attention in ("flash", "cudnn") and dtype != "bfloat16":
-        raise RecipeError("train.attention", attention, f"has no {dtype} kernel on CUDA; use bfloat16, or auto or math")
-    return device
-
-
-def _device(recipe: Recipe) -> torch.device:
-    local_rank, local_ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    gpus = torch.cuda.device_count()
-    if recipe.train.device == "cuda" and gpus < local_ranks:
+    train, attention = recipe.train, recipe.train.attention
+    gpus, local_ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    on_cpu = train.device == "cpu" or gpus < local_ranks
+    if train.device == "cuda" and on_cpu:
         raise RecipeError("train.device", "cuda", f"needs {local_ranks} GPUs on this host, which has {gpus}; use auto")
-    if recipe.train.device == "cpu" or gpus < local_ranks:
-        return torch.device("cpu")
-    return torch.device("cuda", local_rank)
+    if on_cpu and attention == "cudnn":
+        raise RecipeError("train.attention", attention, "needs CUDA, and this run is on a CPU; use auto, flash or math")
+    if not on_cpu and attention in ("flash", "cudnn") and train.dtype != "bfloat16":
+        remedy = f"has no {train.dtype} kernel on CUDA; use bfloat16, or auto or math"
+        raise RecipeError("train.attention", attention, remedy)
+    return torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 @contextlib.contextmanager

@@ -78,13 +78,6 @@ def silence_flattening() -> None:
     warnings.filterwarnings("ignore", message="Slicing a flattened dim", category=UserWarning)
 
 
-def forget_meshes() -> None:
-    """Clears DTensor's caches, which remember meshes: an equal one would get the dead groups of the last."""
-    from torch.distributed.tensor import debug
-
-    debug._clear_sharding_prop_cache()
-
-
 # ---- dry runs ------------------------------------------------------------------------------------------------------
 
 
@@ -92,6 +85,7 @@ def forget_meshes() -> None:
 def fake_group(*, rank: int, world_size: int) -> Iterator[None]:
     """Within, this process is `rank` of a world whose collectives return at once, on fake tensors too."""
     import torch.distributed._tools.fake_collectives  # noqa: F401  teaches fake tensors the collectives
+    from torch.distributed.tensor import debug
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
@@ -100,7 +94,7 @@ def fake_group(*, rank: int, world_size: int) -> Iterator[None]:
             yield
     finally:
         dist.destroy_process_group()
-        forget_meshes()
+        debug._clear_sharding_prop_cache()  # which remembers meshes: an equal one would get these dead groups
 
 
 class _Chunks:
@@ -110,10 +104,9 @@ class _Chunks:
         self.tensor, self.dim, self.size = tensor, dim, -(-tensor.shape[dim] // n_chunks)
 
     def __getitem__(self, i: int) -> Tensor:
-        left = self.tensor.shape[self.dim] - i * self.size
-        return (
-            self.tensor.narrow(self.dim, i * self.size, min(self.size, left)) if left > 0 else self.tensor.new_empty(0)
-        )
+        start = i * self.size
+        size = min(self.size, self.tensor.shape[self.dim] - start)
+        return self.tensor.narrow(self.dim, start, size) if size > 0 else self.tensor.new_empty(0)
 
 
 def _lazy_chunks() -> contextlib.AbstractContextManager[Any]:
@@ -123,22 +116,17 @@ def _lazy_chunks() -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(fsdp_param, "_chunk_with_empty", _Chunks)
 
 
-@contextlib.contextmanager
-def _static_stages() -> Iterator[None]:
+def _static_stages() -> contextlib.AbstractContextManager[Any]:
     """From torch 2.12 on stages vote on whether they know their shapes (ours do), and read the result from a tensor."""
     import torch.distributed.pipelining.schedules as schedules
 
-    if not hasattr(schedules._PipelineSchedule, "_warmup_p2p"):
-        yield
-        return
-    from torch.distributed.pipelining._utils import InferenceMode
-
     def elect(_schedule: Any, stages: list[Any], *_: Any) -> None:
+        from torch.distributed.pipelining._utils import InferenceMode
+
         for stage in stages:
             stage._inference_mode = InferenceMode.STATIC
 
-    with mock.patch.object(schedules._PipelineSchedule, "_warmup_p2p", elect):
-        yield
+    return mock.patch.object(schedules._PipelineSchedule, "_warmup_p2p", elect, create=True)  # torch 2.11 has no vote
 
 
 class _Held:

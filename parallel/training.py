@@ -7,13 +7,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from parallel.assemble import DTYPES
 from parallel.batches import corpus_of, refuse_different_data, rows_of_replica, token_batch
 from parallel.collectives import gathered
 from parallel.engines.engine import run_step
 from parallel.engines.native import NativeEngine
 from parallel.measure.clock import WARM_UP_STEPS, Clock
-from parallel.measure.counters import Counters, Measures, fill_in
+from parallel.measure.counters import Counters, fill_in
 from parallel.measure.hardware import matmul_ceiling, peak_of_rank
 from parallel.measure.journal import FiniteCheck, Journal, Progress
 from parallel.measure.observer import Step
@@ -86,15 +85,11 @@ def train_in_group(
 
     if device.type == "cpu":  # whatever else runs on the machine can only slow a product down
         ceiling = max(ceiling, _ceiling(recipe, device))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", recipe.world_size))
     peak = peak_of_rank(
-        device,
-        recipe.train.dtype,
-        matmul_ceiling_flops=ceiling,
-        local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", recipe.world_size)),
-        given_flops=peak_flops,
+        device, recipe.train.dtype, matmul_ceiling_flops=ceiling, local_ranks=local_ranks, given_flops=peak_flops
     )
-    of_ranks: list[Measures | None] = gathered(counters.measures)
-    counted = {rank: measures for rank, measures in enumerate(of_ranks) if measures is not None}
+    counted = {rank: measures for rank, measures in enumerate(gathered(counters.measures)) if measures is not None}
     each = dict.fromkeys(range(recipe.world_size), 1)
     note = None if recipe.train.compile == "none" else "compiled code makes tensors where no tracker sees them"
     fill_in(record, recipe, counted, kinds=each, step=counters.number, peak=peak, ceiling=ceiling, note=note)
@@ -109,6 +104,5 @@ def train_in_group(
 
 def _ceiling(recipe: Recipe, device: torch.device) -> float:
     """FLOP/s of the fastest matrix product, measured by rank 0 while the others wait."""
-    measured = [matmul_ceiling(device, DTYPES[recipe.train.dtype]) if dist.get_rank() == 0 else 0.0]
-    dist.broadcast_object_list(measured, src=0, device=device)
-    return measured[0]
+    dtype = getattr(torch, recipe.train.dtype)
+    return gathered(matmul_ceiling(device, dtype) if dist.get_rank() == 0 else 0.0)[0]

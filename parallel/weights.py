@@ -1,5 +1,7 @@
 """Weights: where a model that was split on the meta device gets its memory and its initial values."""
 
+from functools import partial
+
 import torch
 
 from parallel.mesh import local_part, slice_like
@@ -17,13 +19,8 @@ def load_initial_weights(model: Transformer, recipe: Recipe, device: torch.devic
     """Moves `model`, whole or this rank's part of it, from meta to `device`, and gives it its first weights."""
     load_no_weights(model, recipe, device)
     model.rotary.reset_buffers()
+    first_value = partial(initial_weight, seed=recipe.train.seed, n_layers=recipe.model.n_layers, device=device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            whole = initial_weight(
-                weight_name(name, model.shape),
-                parameter.shape,
-                seed=recipe.train.seed,
-                n_layers=recipe.model.n_layers,
-                device=device,
-            )
+            whole = first_value(weight_name(name, model.shape), parameter.shape)
             local_part(parameter).copy_(slice_like(whole, parameter))
