@@ -6,7 +6,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.collectives import gathered
 from parallel.corpus import Corpus, open_corpus
-from parallel.mesh import replica_of
+from parallel.mesh import REPLICA_DIMS
 from parallel.recipe import Recipe, RecipeError
 
 
@@ -21,16 +21,15 @@ def refuse_different_data(recipe: Recipe, corpus: Corpus) -> None:
     seen = gathered(corpus.description)
     for rank, description in enumerate(seen):
         if description != seen[0]:
-            raise RecipeError(
-                "data.source",
-                recipe.data.source,
-                f"rank {rank} reads other data ({description}) than rank 0 ({seen[0]}); give all hosts the same",
-            )
+            what = f"rank {rank} reads other data ({description}) than rank 0 ({seen[0]}); give all hosts the same"
+            raise RecipeError("data.source", recipe.data.source, what)
 
 
 def rows_of_replica(recipe: Recipe, mesh: DeviceMesh) -> range:
-    """The rows of the global batch that this rank's replica trains on."""
-    replica = replica_of(mesh)
+    """The rows of the global batch that this rank's replica trains on: ranks of one (pp, cp, tp) read the same."""
+    replica = 0
+    for dim in REPLICA_DIMS:
+        replica = replica * mesh[dim].size() + mesh.get_local_rank(dim)
     return range(replica * recipe.replica_batch, (replica + 1) * recipe.replica_batch)
 
 

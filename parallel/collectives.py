@@ -4,6 +4,7 @@ They are torch's functional ones, which return a new tensor: where the forward o
 torch.compile of torch 2.11 silently loses the gradient.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +32,22 @@ def reduce_scatter(x: Tensor, *, dim: int, group: dist.ProcessGroup) -> Tensor:
 def all_reduce(x: Tensor, *, group: dist.ProcessGroup, op: str = "sum") -> Tensor:
     """The sum (or op = "max") over ranks, in a new tensor."""
     return functional.wait_tensor(functional.all_reduce(x.contiguous(), op, group))
+
+
+def exchange(message: Tensor, *, to: int, source: int, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """Starts to send `message` to rank `to`, modulo the group's size. The function returned waits for `source`'s."""
+    message, size = message.contiguous(), group.size()
+    received = torch.empty_like(message)
+    sends = dist.P2POp(dist.isend, message, group=group, group_peer=to % size)
+    receives = dist.P2POp(dist.irecv, received, group=group, group_peer=source % size)
+    works = dist.batch_isend_irecv([sends, receives])
+
+    def receive() -> Tensor:
+        for work in works:
+            work.wait()
+        return received
+
+    return receive
 
 
 def gathered(value: Any) -> list[Any]:

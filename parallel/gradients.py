@@ -8,7 +8,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from parallel.mesh import WEIGHT_DIMS, group_of, local_part, split_dim
+from parallel.mesh import WEIGHT_DIMS, local_part, split_dim
+
+
+def local_gradient(parameter: nn.Parameter) -> Tensor:
+    """What this rank holds of the parameter's gradient."""
+    assert parameter.grad is not None
+    return local_part(parameter.grad)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> Tensor:
@@ -17,22 +23,17 @@ def gradient_norm(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> Tenso
     `parameters` are this rank's; a weight that two pipeline stages share must be in one stage's list only. mesh is
     that of `build_mesh`.
     """
-    squares = []
-    sharded = False
+    tp, squares = mesh["tp"].size(), []
     for parameter in parameters:
-        assert parameter.grad is not None
-        square = torch.linalg.vector_norm(local_part(parameter.grad), dtype=torch.float64).square()
-        if isinstance(parameter, DTensor):
-            names = parameter.device_mesh.mesh_dim_names
-            assert names is not None
-            sharded = sharded or "dp_shard_cp" in names
-            if "tp" in names and split_dim(parameter, names.index("tp")) is None:
-                square = square / parameter.device_mesh.size(names.index("tp"))  # the sum over tp counts each copy
+        square = torch.linalg.vector_norm(local_gradient(parameter), dtype=torch.float64).square()
+        if tp > 1 and isinstance(parameter, DTensor) and split_dim(parameter, -1) is None:
+            square = square / tp  # the sum over tp, the last dimension, counts each copy
         squares.append(square)
     total = torch.stack(squares).sum()
     for dim in WEIGHT_DIMS:
-        if mesh[dim].size() > 1 and (dim != "dp_shard_cp" or sharded):
-            dist.all_reduce(total, group=group_of(mesh, dim))
+        # Without FSDP each cp rank holds whole weights.
+        if mesh[dim].size() > 1 and (dim != "dp_shard_cp" or mesh["dp_shard"].size() > 1):
+            dist.all_reduce(total, group=mesh.get_group(dim))
     return total.sqrt()
 
 

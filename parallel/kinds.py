@@ -38,12 +38,7 @@ def distinct_ranks(recipe: Recipe) -> dict[int, int]:
     n_shards = parallel.dp_shard * parallel.cp
     counts: dict[tuple[Any, ...], list[int]] = {}
     for pp in range(parallel.pp):
-        stages = stages_of_rank(
-            pp=parallel.pp,
-            pp_rank=pp,
-            stages_per_rank=recipe.stages_per_rank,
-            schedule=recipe.pipeline.schedule,
-        )
+        stages = stages_of_rank(recipe, pp)
         has_vocabulary = 0 in stages or recipe.n_stages - 1 in stages
         for shard, cp, tp in itertools.product(range(parallel.dp_shard), range(parallel.cp), range(parallel.tp)):
             vocabulary = {len(part_of(model.vocab_size, parallel.tp, tp))} if has_vocabulary else set()

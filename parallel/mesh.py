@@ -4,11 +4,11 @@ A new dimension is a field there, in its place among the others, and what is sai
 """
 
 import dataclasses
+from collections.abc import Sequence
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement
 
 from parallel.recipe import MESH_DIMS, Recipe
 from parallel.torch_private import silence_flattening
@@ -31,19 +31,6 @@ def build_mesh(recipe: Recipe, device_type: str) -> DeviceMesh:
     return mesh
 
 
-def group_of(mesh: DeviceMesh, dim: str) -> dist.ProcessGroup:
-    """The process group of this rank along one dimension of the mesh."""
-    return mesh[dim].get_group()
-
-
-def replica_of(mesh: DeviceMesh) -> int:
-    """The number of this rank's replica: ranks of one replica (pp, cp, tp) all read the same sequences."""
-    replica = 0
-    for dim in REPLICA_DIMS:
-        replica = replica * mesh[dim].size() + mesh.get_local_rank(dim)
-    return replica
-
-
 def rank_at(recipe: Recipe, **place: int) -> int:
     """The rank at `place` in the mesh, as cp=1, tp=3; 0 in the dimensions that are not named."""
     rank = 0
@@ -55,6 +42,11 @@ def rank_at(recipe: Recipe, **place: int) -> int:
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of `tensor`; the tensor itself where it is not a DTensor. Differentiable."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def as_dtensor(part: Tensor, whole: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
+    """`part`, which this rank holds, as a DTensor of the shape of `whole`. The last rank's part may be smaller."""
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
 
 
 def slice_like(whole: Tensor, part: Tensor) -> Tensor:

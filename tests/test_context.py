@@ -21,13 +21,17 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from parallel.recipe import Model
 from parallel.strategies import context
-from parallel.strategies.context import METHODS, apply_context, local_positions
+from parallel.strategies.context import METHODS, apply_context, local_slices
 from parallel.transformer import Transformer, causal_attention, cross_entropy, initial_weight
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 SHAPE = Model(n_layers=2, d_model=48, n_heads=8, n_kv_heads=2, d_ff=40, vocab_size=50)
 ZIGZAG = [method for method in METHODS if method != "ulysses"]
 SEQ_LEN = 24
+
+
+def local_positions(*, seq_len: int, **options: Any) -> Tensor:
+    return torch.cat([torch.arange(seq_len)[part] for part in local_slices(seq_len=seq_len, **options)])
 
 
 # ---- which positions -----------------------------------------------------------------------------------------------

@@ -109,9 +109,9 @@ def test_stage_layers_of_uneven_models() -> None:
 
 
 def test_stages_of_rank_make_loops_and_vs() -> None:
-    loop = [stages_of_rank(pp=3, pp_rank=r, stages_per_rank=2, schedule="looped-bfs") for r in range(3)]
+    loop = [stages_of_rank(Case("looped-bfs", pp=3, n_microbatches=6).recipe, r) for r in range(3)]
     assert loop == [[0, 3], [1, 4], [2, 5]]
-    v = [stages_of_rank(pp=3, pp_rank=r, stages_per_rank=2, schedule="zbv") for r in range(3)]
+    v = [stages_of_rank(Case("zbv", pp=3, n_microbatches=6).recipe, r) for r in range(3)]
     assert v == [[0, 5], [1, 4], [2, 3]]
 
 
@@ -121,9 +121,7 @@ def test_stages_share_out_the_model(schedule: str) -> None:
     model = on_meta(recipe, torch.float64)
     stages: dict[int, Transformer] = {}
     for rank in range(3):
-        indices = stages_of_rank(
-            pp=3, pp_rank=rank, stages_per_rank=recipe.stages_per_rank, schedule=recipe.pipeline.schedule
-        )
+        indices = stages_of_rank(recipe, rank)
         stages |= dict(zip(indices, split_pipeline(model, recipe=recipe, pp_rank=rank), strict=True))
     names = [name for index in sorted(stages) for name, _ in stages[index].named_parameters()]
     assert names == [*(name for name, _ in model.named_parameters()), "output.weight"]  # tied: listed once there
@@ -242,7 +240,7 @@ class Pipelined:
         rows = slice(first, first + self.recipe.replica_batch)
         tokens, targets = batch(self.recipe, step)
         loss = self.step(tokens[rows], targets[rows])
-        sum_tied_gradients(self.stages, recipe=self.recipe, mesh=self.mesh["pp"])
+        sum_tied_gradients(self.stages, mesh=self.mesh["pp"])
         dist.all_reduce(loss, group=self.mesh.get_group("dp_shard"))
         return loss.item() / self.case.dp_shard
 
@@ -346,7 +344,7 @@ def tied_norms(schedule: str) -> tuple[float, float]:
     """This rank's part of the squared gradient norm, and the whole of it in one process."""
     pipelined = Pipelined(Case(schedule, 2, 4, tied=True))
     pipelined.run(0)
-    copies = {id(parameter) for parameter in tied_copies(pipelined.stages, recipe=pipelined.recipe)}
+    copies = {id(parameter) for parameter in tied_copies(pipelined.stages)}
     mine = [p for _, p in pipelined.named_parameters() if id(p) not in copies]
     _, gradients = one_process(pipelined.recipe, 0)
     squares = [gradient_of(parameter).square().sum().item() for parameter in mine]

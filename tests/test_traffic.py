@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from parallel.assemble import assemble
 from parallel.batches import rows_of_replica
 from parallel.measure.traffic import TrafficLog
-from parallel.mesh import build_mesh, group_of
+from parallel.mesh import build_mesh
 from parallel.recipe import Recipe
 from parallel.strategies.pipeline import stages_of_rank
 
@@ -51,7 +51,7 @@ def observe(recipe: Recipe, sabotage: bool = False) -> Rows:
     with TrafficLog(mesh) as log:
         step()
         if sabotage:
-            dist.all_reduce(torch.zeros(1), group=group_of(mesh, "data"))
+            dist.all_reduce(torch.zeros(1), group=mesh.get_group("data"))
     return {(row["mesh_dim"], row["collective"]): (row["calls"], row["bytes_per_rank"]) for row in log.rows()}
 
 
@@ -216,10 +216,7 @@ def test_context_parallel(ranks: Ranks, c: int, method: str) -> None:
 def test_pipeline_sends_the_residual_stream_over_each_boundary(ranks: Ranks, schedule: str, pp: int) -> None:
     n_microbatches, sections = 4, dict(pipeline=dict(schedule=schedule), train=dict(micro_batch=B // 4))
     recipe = small_recipe("float32", parallel=dict(pp=pp), **sections)
-    stages_per_rank = recipe.stages_per_rank
-    held = [
-        stages_of_rank(pp=pp, pp_rank=rank, stages_per_rank=stages_per_rank, schedule=schedule) for rank in range(pp)
-    ]
+    held = [stages_of_rank(recipe, rank) for rank in range(pp)]
     for rank, rows in enumerate(observed(ranks, parallel=dict(pp=pp), **sections)):
         boundaries = range(recipe.n_stages - 1)  # between stage i and i + 1; at the turn of a V both are here
         forward = sum(i in held[rank] and i + 1 not in held[rank] for i in boundaries)
@@ -275,7 +272,7 @@ def collectives() -> list[dict[str, Any]]:
     """One of each kind on four ranks, with 12 bytes; the mesh has dp_replicate = 2 and tp = 2."""
     rank, x = dist.get_rank(), torch.arange(3.0)
     mesh = build_mesh(small_recipe(parallel=dict(dp_replicate=2, tp=2)), "cpu")
-    tp, stranger = group_of(mesh, "tp"), dist.new_group([0, 3])
+    tp, stranger = mesh.get_group("tp"), dist.new_group([0, 3])
     with TrafficLog(mesh) as log:
         dist.all_reduce(x)
         dist.all_gather([x.clone() for _ in range(2)], x, group=tp)
@@ -290,7 +287,7 @@ def collectives() -> list[dict[str, Any]]:
             dist.send(x, 1)
         if rank == 1:
             dist.recv(x, 0)
-        dist.all_reduce(x, group=group_of(mesh, "pp"))  # alone
+        dist.all_reduce(x, group=mesh.get_group("pp"))  # alone
         dist.barrier()
     return log.rows()
 

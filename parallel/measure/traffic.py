@@ -12,7 +12,7 @@ from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parallel.mesh import JOINED, group_of
+from parallel.mesh import JOINED
 
 NAMESPACES = ("c10d", "_c10d_functional")
 NO_PAYLOAD = ("barrier", "monitored_barrier_", "wait_tensor", "check_for_nan", "_wrap_tensor_autograd")
@@ -171,7 +171,7 @@ def _dim_of_ranks(mesh: DeviceMesh) -> dict[tuple[int, ...], str]:
     for name in (*mesh.mesh_dim_names, *JOINED):
         members = JOINED.get(name, (name,))
         joined = "·".join(member for member in members if mesh[member].size() > 1)
-        dims.setdefault(_ranks(group_of(mesh, name)), joined)
+        dims.setdefault(_ranks(mesh.get_group(name)), joined)
     dims.setdefault(tuple(range(dist.get_world_size())), "world")
     return dims
 

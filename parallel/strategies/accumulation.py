@@ -1,6 +1,7 @@
 """Gradient accumulation: one microbatch after the other, where there is no pipeline to run them in."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,22 +10,14 @@ from torch.profiler import record_function
 from parallel.transformer import Transformer
 
 
+@dataclass(kw_only=True)
 class Accumulation:
-    """Forward and backward of a whole step; gradients are added to .grad.
+    """Forward and backward of a whole step; gradients are added to .grad."""
 
-    loss: logits and targets of a microbatch -> scalar, a sum over tokens already divided by the number of tokens of the
-    step. before: is called before each microbatch, with whether it is the last.
-    """
-
-    def __init__(
-        self,
-        model: Transformer,
-        *,
-        micro_batch: int,
-        loss: Callable[[Tensor, Tensor], Tensor],
-        before: Callable[[bool], None] | None = None,
-    ) -> None:
-        self.model, self.micro_batch, self.loss, self.before = model, micro_batch, loss, before
+    model: Transformer
+    micro_batch: int
+    loss: Callable[[Tensor, Tensor], Tensor]  # of logits and targets: a sum over tokens, in shares of the step's loss
+    before: Callable[[bool], None] | None  # is called before each microbatch, with whether it is the last
 
     def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """tokens, targets: (replica_batch, T). Returns the sum of the microbatches' losses, in float64."""

@@ -1,16 +1,8 @@
-"""Context parallelism: cp ranks share every sequence.
+"""Context parallelism: cp ranks share every sequence. docs/strategies.md has what each method sends.
 
-Norms, projections, MLP and loss treat each token alone, so a rank runs them on its own T/cp tokens. Attention alone
-looks across the sequence. Three ways to let it, per layer and rank with t = T/cp:
-
-    method      how                                                          elements sent: forward     backward
-    ring        K and V go round the ranks; each attends to those passing    (cp-1) · 2·B·K·t·E         twice that
-    all-gather  all K and V are collected first                              (cp-1) · 2·B·K·t·E         the same
-    ulysses     all heads of my tokens <-> my heads of all tokens, and back  (cp-1)/cp · B·2(H+K)·t·E   the same
-
-B sequences, T tokens in all, H query heads, K key/value heads (for ulysses at least cp: fewer are copied),
-E = head_dim. With tensor parallelism H and K are those of one rank. Ring and all-gather sum gradients over ranks in
-float32 at least, so in bfloat16 their dK and dV are 4 bytes each on the way.
+Norms, projections, MLP and loss treat each token alone, so a rank runs them on its own t = T/cp tokens. Attention alone
+looks across the sequence. B sequences, T tokens in all, H query heads, K key/value heads, E = head_dim; with tensor
+parallelism H and K are those of one rank. Ring and all-gather sum gradients over ranks in float32 at least.
 
 A causal query sees only the keys before it, so late tokens are more work than early ones. For ring and all-gather the
 sequence is therefore cut into 2·cp chunks, and rank r holds chunk r and chunk 2·cp-1-r: every rank has equal work.
@@ -27,43 +19,36 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from parallel.collectives import all_gather, reduce_scatter
+from parallel.collectives import all_gather, exchange, reduce_scatter
 from parallel.recipe import Context, ContextMethod
 from parallel.transformer import Block, Transformer, causal_attention
 
 aten = torch.ops.aten
+Gradients = tuple[Tensor, Tensor, Tensor]  # of q, k and v
 
 
-def local_positions(*, seq_len: int, cp: int, cp_rank: int, method: ContextMethod) -> Tensor:
-    """Which positions of the sequence rank `cp_rank` holds, in the order in which it holds them.
-
-    ring and all-gather: chunks cp_rank and 2·cp-1-cp_rank of 2·cp (zig-zag); ulysses: chunk cp_rank of cp.
-    Tokens, targets and rotary tables are taken at these positions. Returns int64 (seq_len/cp,) on the CPU.
-    """
-    positions = torch.arange(seq_len, device="cpu")
-    return torch.cat([positions[part] for part in _local_slices(seq_len, cp, cp_rank, method)])
-
-
-def apply_context(model: Transformer, *, mesh: DeviceMesh, method: ContextMethod) -> None:
-    """Makes the attention of every block look across the ranks of `mesh` (one dimension, cp).
-
-    Afterwards the model takes the tokens at `local_positions`, and gives their logits. The weights' gradients are then
-    those of these tokens: data parallelism has to sum them over cp too. Works on any device, meta included.
-    """
-    attend = functools.partial(METHODS[method], group=mesh.get_group())
-    for block in model.blocks.values():
-        assert isinstance(block, Block)
-        block.attention.attend = attend
-    model.rotary.keep(_local_slices(len(model.rotary.positions), mesh.size(), mesh.get_local_rank(), method))
-
-
-def _local_slices(seq_len: int, cp: int, cp_rank: int, method: ContextMethod) -> list[slice]:
+def local_slices(*, seq_len: int, cp: int, cp_rank: int, method: ContextMethod) -> list[slice]:
+    """Which parts of the sequence rank `cp_rank` holds: a chunk of cp, or in zig-zag two chunks of 2·cp."""
     assert method in METHODS and 0 <= cp_rank < cp
     zigzag = Context(method=method).zigzag
     chunks, n_chunks = ([cp_rank, 2 * cp - 1 - cp_rank], 2 * cp) if zigzag else ([cp_rank], cp)
     assert seq_len % n_chunks == 0
     size = seq_len // n_chunks
     return [slice(chunk * size, (chunk + 1) * size) for chunk in chunks]
+
+
+def apply_context(model: Transformer, *, mesh: DeviceMesh, method: ContextMethod) -> None:
+    """Makes the attention of every block look across the ranks of `mesh` (one dimension, cp).
+
+    Afterwards the model takes the tokens at `model.rotary.positions`, and gives their logits. The weights' gradients
+    are those of these tokens: data parallelism has to sum them over cp too. Works on any device, meta included.
+    """
+    attend = functools.partial(METHODS[method], group=mesh.get_group())
+    for block in model.blocks.values():
+        assert isinstance(block, Block)
+        block.attention.attend = attend
+    cp, cp_rank, seq_len = mesh.size(), mesh.get_local_rank(), len(model.rotary.positions)
+    model.rotary.keep(local_slices(seq_len=seq_len, cp=cp, cp_rank=cp_rank, method=method))
 
 
 # ---- ring ----------------------------------------------------------------------------------------------------------
@@ -84,8 +69,8 @@ class _Ring(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> Tensor:
         q, kv = _last_dim_dense(q), torch.stack((k, v))  # (2, B, K, t, E), one message
         out, lse = _no_attention_yet(q)
-        for source, (k, v) in _circulate(kv, group):
-            _attend_piece(out, lse, q, k, v, _ring_piece(source, rank=group.rank(), half=q.shape[2] // 2))
+        for source, theirs in _circulate(kv, group):
+            _attend_piece(out, lse, q, theirs, _ring_piece(source, rank=group.rank(), half=q.shape[2] // 2))
         out = out.to(q.dtype)
         ctx.group = group
         ctx.save_for_backward(q, kv, out, lse)
@@ -97,16 +82,16 @@ class _Ring(torch.autograd.Function):
         grad, rank = _last_dim_dense(grad), ctx.group.rank()
         dq = torch.zeros_like(q, dtype=lse.dtype)
         receive_dkv = None
-        for source, (k, v) in _circulate(kv, ctx.group):
+        for source, theirs in _circulate(kv, ctx.group):
             piece = _ring_piece(source, rank=rank, half=q.shape[2] // 2)
-            parts = _piece_gradients(grad, q, k, v, out, lse, piece)
+            parts = _piece_gradients(grad, q, theirs, out, lse, piece)
             # The gradients of a rank's keys start on the next rank and follow the keys round, until they are home.
             dkv = receive_dkv() if receive_dkv else torch.zeros_like(kv, dtype=lse.dtype)
             _add_gradients(dq, dkv, parts, piece)
             if source == rank:
                 own_dkv = dkv
             else:
-                receive_dkv = _pass_on(dkv, ctx.group)
+                receive_dkv = exchange(dkv, to=rank + 1, source=rank - 1, group=ctx.group)
         dk, dv = own_dkv + receive_dkv() if receive_dkv else own_dkv
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), None
 
@@ -115,29 +100,10 @@ def _circulate(kv: Tensor, group: dist.ProcessGroup) -> Iterator[tuple[int, Tens
     """Yields (rank of origin, its K and V): mine, those of the rank before, ... The next travel during each yield."""
     rank, cp = group.rank(), group.size()
     for step in range(cp):
-        receive = _pass_on(kv, group) if step < cp - 1 else None
+        receive = exchange(kv, to=rank + 1, source=rank - 1, group=group) if step < cp - 1 else None
         yield (rank - step) % cp, kv
         if receive:
             kv = receive()
-
-
-def _pass_on(message: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
-    """Starts to send `message` to the next rank. The function returned waits for that of the rank before."""
-    rank, cp = group.rank(), group.size()
-    received = torch.empty_like(message)
-    works = dist.batch_isend_irecv(
-        [
-            dist.P2POp(dist.isend, message, dist.get_global_rank(group, (rank + 1) % cp), group),
-            dist.P2POp(dist.irecv, received, dist.get_global_rank(group, (rank - 1) % cp), group),
-        ]
-    )
-
-    def receive() -> Tensor:
-        for work in works:
-            work.wait()
-        return received
-
-    return receive
 
 
 class _Piece(NamedTuple):
@@ -180,7 +146,7 @@ class _AllGather(torch.autograd.Function):
         kv = torch.cat((early, late.flip(0))).movedim(0, -3).flatten(-3, -2)  # (2, B, K, T, E), in sequence order
         out, lse = _no_attention_yet(q)
         for piece in _prefix_pieces(group.rank(), group.size(), q.shape[2] // 2):
-            _attend_piece(out, lse, q, kv[0], kv[1], piece)
+            _attend_piece(out, lse, q, kv, piece)
         out = out.to(q.dtype)
         ctx.group = group
         ctx.save_for_backward(q, kv, out, lse)
@@ -192,7 +158,7 @@ class _AllGather(torch.autograd.Function):
         grad, cp = _last_dim_dense(grad), ctx.group.size()
         dq, dkv = torch.zeros_like(q, dtype=lse.dtype), torch.zeros_like(kv, dtype=lse.dtype)
         for piece in _prefix_pieces(ctx.group.rank(), cp, q.shape[2] // 2):
-            _add_gradients(dq, dkv, _piece_gradients(grad, q, kv[0], kv[1], out, lse, piece), piece)
+            _add_gradients(dq, dkv, _piece_gradients(grad, q, kv, out, lse, piece), piece)
         early, late = dkv.unflatten(-2, (2 * cp, -1)).movedim(-3, 0).chunk(2)  # (cp, 2, B, K, t/2, E) each
         of_ranks = torch.cat((early, late.flip(0)), dim=-2).flatten(0, 1)  # (cp·2, B, K, t, E)
         dk, dv = reduce_scatter(of_ranks, dim=0, group=ctx.group).to(q.dtype)  # (B, K, t, E) each
@@ -259,26 +225,26 @@ def _no_attention_yet(q: Tensor) -> tuple[Tensor, Tensor]:
     return out, out.new_full(q.shape[:3], -torch.inf)  # (B, H, t)
 
 
-def _attend_piece(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, piece: _Piece) -> None:
+def _attend_piece(out: Tensor, lse: Tensor, q: Tensor, kv: Tensor, piece: _Piece) -> None:
     """Merges a piece into out and lse, in place."""
     queries, keys, causal = piece
-    part, part_lse = _attention(q[:, :, queries], k[:, :, keys], v[:, :, keys], causal=causal)
+    k, v = kv[:, :, :, keys]
+    part, part_lse = _attention(q[:, :, queries], k, v, causal=causal)
     out, lse = out[:, :, queries], lse[:, :, queries]
     share = torch.sigmoid(part_lse - lse)  # = exp(part_lse) / (exp(lse) + exp(part_lse))
     out.lerp_(part.to(out.dtype), share.unsqueeze(-1))
     lse.copy_(torch.logaddexp(lse, part_lse))
 
 
-def _piece_gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, piece: _Piece
-) -> tuple[Tensor, Tensor, Tensor]:
+def _piece_gradients(grad: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, piece: _Piece) -> Gradients:
     """dq, dk, dv of a piece. With the merged out and lse, those of all pieces add up to the whole gradient."""
     queries, keys, causal = piece
     grad, q, out, lse = (x[:, :, queries] for x in (grad, q, out, lse))
-    return _attention_backward(grad, q, k[:, :, keys], v[:, :, keys], out, lse, causal=causal)
+    k, v = kv[:, :, :, keys]
+    return _attention_backward(grad, q, k, v, out, lse, causal=causal)
 
 
-def _add_gradients(dq: Tensor, dkv: Tensor, parts: tuple[Tensor, Tensor, Tensor], piece: _Piece) -> None:
+def _add_gradients(dq: Tensor, dkv: Tensor, parts: Gradients, piece: _Piece) -> None:
     """Adds a piece's dq, dk, dv in place, in float32 at least."""
     dq[:, :, piece.queries] += parts[0]
     dkv[0, :, :, piece.keys] += parts[1]
@@ -296,7 +262,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> tuple[Tensor
 
 def _attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Gradients:
     if q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)
     if _flash_serves(q, k, v, causal):
@@ -323,9 +289,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tenso
     return out[..., :head_dim], lse
 
 
-def _flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool) -> Gradients:
     head_dim, n_queries, n_keys = q.shape[-1], q.shape[2], k.shape[2]
     grad, q, k, v, out = (F.pad(x, (0, -head_dim % 8)) for x in (grad, q, k, v, out))
     no_dropout = lse.new_empty(0)  # stands for its random state, which is not read
@@ -344,9 +308,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tenso
     return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
 
 
-def _plain_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _plain_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool) -> Gradients:
     groups = (k.shape[1], -1)
     wide_q, wide_grad, wide_out = (x.to(lse.dtype).unflatten(1, groups) for x in (q, grad, out))  # (B, K, G, t, E)
     wide_k, wide_v = (x.to(lse.dtype).unsqueeze(2) for x in (k, v))  # (B, K, 1, t', E)

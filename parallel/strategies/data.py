@@ -6,45 +6,37 @@ DistributedDataParallel in one screen, with three things that need our own: grad
 backward passes that a pipeline schedule cuts in two, and a switch that puts all communication after backward.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import partial
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from parallel.mesh import local_part
+from parallel.mesh import as_dtensor, local_part
+from parallel.recipe import Recipe
 
 
 class GradientBuckets:
-    """Averages the gradients of `parameters` over `group`, once a step.
+    """Averages the gradients of `parameters` over `group`, once a step, when all microbatches have added to them.
 
-    n_backwards: backward passes that add to each gradient before it is sent: the number of microbatches.
-    overlap: send a bucket as soon as its last gradient is there; else all of them in `finish`.
     After construction p.grad of each parameter is a view into a bucket, and must stay it: zero it with `zero`.
     """
 
-    def __init__(
-        self,
-        parameters: Iterable[nn.Parameter],
-        *,
-        group: dist.ProcessGroup,
-        bucket_bytes: int,
-        n_backwards: int,
-        overlap: bool,
-    ) -> None:
-        self.group, self.n_backwards = group, n_backwards
+    def __init__(self, parameters: Sequence[nn.Parameter], recipe: Recipe, *, group: dist.ProcessGroup) -> None:
+        self.group, self.n_backwards = group, recipe.n_microbatches
         self.buckets: list[_Bucket] = []
-        backward_order = list(parameters)[::-1]  # tied weights are listed once
-        start = size = 0
-        for i, parameter in enumerate(backward_order):
-            size += local_part(parameter.detach()).nbytes
-            if size >= bucket_bytes or i == len(backward_order) - 1:
-                bucket = _Bucket(members := backward_order[start : i + 1])
-                self.buckets.append(bucket)
-                for member in members if overlap else ():
-                    member.register_post_accumulate_grad_hook(partial(self._arrived, bucket))
-                start, size = i + 1, 0
+        left = list(parameters)
+        while left:
+            members: list[nn.Parameter] = []
+            size = 0
+            while left and size < int(recipe.ddp.bucket_mib * 2**20):
+                members.append(left.pop())  # from the last: in the order of backward
+                size += local_part(members[-1].detach()).nbytes
+            bucket = _Bucket(members)
+            self.buckets.append(bucket)
+            for member in members if recipe.ddp.overlap else ():
+                member.register_post_accumulate_grad_hook(partial(self._arrived, bucket))
 
     def _arrived(self, bucket: "_Bucket", _parameter: Tensor) -> None:
         bucket.n_arrived += 1
@@ -60,7 +52,7 @@ class GradientBuckets:
         bucket.work = dist.all_reduce(bucket.gradients, group=self.group, async_op=True)
 
     def finish(self) -> None:
-        """Waits until every gradient is the average. Buckets that no hook has sent (see `overlap`) are sent here."""
+        """Waits until every gradient is the average. Buckets that no hook has sent are sent here."""
         for bucket in self.buckets:
             if bucket.work is None:
                 self.send(bucket)
@@ -79,21 +71,10 @@ class _Bucket:
         self.work: dist.Work | None = None
         parts = [local_part(parameter.detach()) for parameter in parameters]
         assert len({part.dtype for part in parts}) == 1
-        self.gradients = parts[0].new_zeros(sum(part.numel() for part in parts))
-        for parameter, view in zip(parameters, self.gradients.split([part.numel() for part in parts]), strict=True):
-            parameter.grad = _like(parameter, view)
-
-
-def _like(parameter: nn.Parameter, flat: Tensor) -> Tensor:
-    """`flat` in the shape of the parameter's local part, as a DTensor where the parameter is one."""
-    local = flat.view(local_part(parameter.detach()).shape)
-    if not isinstance(parameter, DTensor):
-        return local
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
+        sizes = [part.numel() for part in parts]
+        self.gradients = parts[0].new_zeros(sum(sizes))
+        for parameter, part, flat in zip(parameters, parts, self.gradients.split(sizes), strict=True):
+            view = flat.view(part.shape)
+            if isinstance(parameter, DTensor):
+                view = as_dtensor(view, parameter, parameter.device_mesh, parameter.placements)
+            parameter.grad = view

@@ -3,15 +3,7 @@
     stage 0: embedding, blocks ─ (B, T, D) ─> stage 1: blocks ─ (B, T, D) ─> last stage: blocks, norm, output, loss
 
 `split_pipeline` cuts the model into stages, each a Transformer with fewer parts; `PipelineStep` runs forward and
-backward of all microbatches in the order of one of torch.distributed.pipelining's schedules:
-
-    gpipe                    all forwards, then all backwards (Huang et al. 2019, arXiv:1811.06965)
-    1f1b                     one forward, one backward: fewer activations kept (Narayanan et al. 2021, arXiv:2104.04473)
-    interleaved-1f1b         several stages per rank: a smaller bubble, more traffic (the same paper)
-    looped-bfs               several stages per rank, breadth first (Lamy-Poirier 2022, arXiv:2211.05953)
-    interleaved-zero-bubble  gradients of the weights are put off to fill the bubble (Qi et al. 2023, arXiv:2401.10241)
-    zbv                      the same on a V: a rank holds an early and a late stage (section 6 of that paper)
-    dualpipev                the V of DualPipe (DeepSeek-AI 2024, arXiv:2412.19437)
+backward of all microbatches in the order of one of torch.distributed.pipelining's schedules.
 """
 
 import copy
@@ -22,32 +14,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import pipelining
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.pipelining import (
-    PipelineStage,
-    Schedule1F1B,
-    ScheduleDualPipeV,
-    ScheduleGPipe,
-    ScheduleInterleaved1F1B,
-    ScheduleInterleavedZeroBubble,
-    ScheduleLoopedBFS,
-    ScheduleZBVZeroBubble,
-)
-from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 from parallel.actions import Action
-from parallel.recipe import V_SCHEDULES, Recipe, Schedule
+from parallel.collectives import exchange
+from parallel.gradients import local_gradient
+from parallel.recipe import Recipe, Schedule
 from parallel.transformer import Transformer
 
 SCHEDULE_CLASSES: dict[Schedule, Callable[..., Any]] = {
-    "gpipe": ScheduleGPipe,
-    "1f1b": Schedule1F1B,
-    "interleaved-1f1b": ScheduleInterleaved1F1B,
-    "looped-bfs": ScheduleLoopedBFS,
-    "interleaved-zero-bubble": ScheduleInterleavedZeroBubble,
-    "zbv": ScheduleZBVZeroBubble,
-    "dualpipev": ScheduleDualPipeV,
+    "gpipe": pipelining.ScheduleGPipe,  # all forwards, then all backwards (arXiv:1811.06965)
+    "1f1b": pipelining.Schedule1F1B,  # one forward, one backward: fewer activations kept (arXiv:2104.04473)
+    "interleaved-1f1b": pipelining.ScheduleInterleaved1F1B,  # several stages per rank: a smaller bubble (the same)
+    "looped-bfs": pipelining.ScheduleLoopedBFS,  # several stages per rank, breadth first (arXiv:2211.05953)
+    "interleaved-zero-bubble": pipelining.ScheduleInterleavedZeroBubble,  # dW fills the bubble (arXiv:2401.10241)
+    "zbv": pipelining.ScheduleZBVZeroBubble,  # the same on a V (section 6): a rank holds an early and a late stage
+    "dualpipev": pipelining.ScheduleDualPipeV,  # the V of DualPipe (arXiv:2412.19437)
 }
 
 
@@ -62,11 +46,11 @@ def stage_layers(*, n_layers: int, n_stages: int) -> list[range]:
     return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
-def stages_of_rank(*, pp: int, pp_rank: int, stages_per_rank: int, schedule: Schedule) -> list[int]:
+def stages_of_rank(recipe: Recipe, pp_rank: int) -> list[int]:
     """The stages that a rank of the pipeline holds: r, r + pp, r + 2·pp, ..., or r and 2·pp - 1 - r on a V."""
-    if schedule in V_SCHEDULES:
-        return [pp_rank, 2 * pp - 1 - pp_rank]
-    return list(range(pp_rank, pp * stages_per_rank, pp))
+    if recipe.pipeline.is_v:
+        return [pp_rank, recipe.n_stages - 1 - pp_rank]
+    return list(range(pp_rank, recipe.n_stages, recipe.parallel.pp))
 
 
 def split_pipeline(model: Transformer, *, recipe: Recipe, pp_rank: int) -> list[Transformer]:
@@ -78,7 +62,7 @@ def split_pipeline(model: Transformer, *, recipe: Recipe, pp_rank: int) -> list[
     """
     layers = stage_layers(n_layers=recipe.model.n_layers, n_stages=recipe.n_stages)
     stages = []
-    for index in _stages_of_rank(recipe, pp_rank):
+    for index in stages_of_rank(recipe, pp_rank):
         stage = copy.deepcopy(model)
         stage.blocks = nn.ModuleDict({str(layer): stage.blocks[str(layer)] for layer in layers[index]})
         if index > 0:
@@ -89,19 +73,10 @@ def split_pipeline(model: Transformer, *, recipe: Recipe, pp_rank: int) -> list[
     return stages
 
 
-def _stages_of_rank(recipe: Recipe, pp_rank: int) -> list[int]:
-    return stages_of_rank(
-        pp=recipe.parallel.pp,
-        pp_rank=pp_rank,
-        stages_per_rank=recipe.stages_per_rank,
-        schedule=recipe.pipeline.schedule,
-    )
-
-
 Act = Callable[[str, int, int], AbstractContextManager[None]]  # name, stage and microbatch of an Action
 
 
-class _Stage(PipelineStage):
+class _Stage(pipelining.PipelineStage):
     """Does what it does within `act`."""
 
     def __init__(self, act: Act, *arguments: Any, **options: Any) -> None:
@@ -130,16 +105,11 @@ class _Stage(PipelineStage):
 class PipelineStep:
     """Forward and backward of a whole step through the pipeline.
 
-        step = PipelineStep(stages, recipe=recipe, mesh=mesh["pp"], device=device, compute_dtype=dtype, loss=loss)
-        total = step(tokens, targets)
-
     stages: this rank's, of `split_pipeline`, with the other strategies applied and the weights in place.
-    mesh: the one-dimensional mesh of the pipeline's ranks.
-    compute_dtype: type of the residual stream between stages.
-    loss: logits and targets of a microbatch -> scalar, a sum over tokens already divided by the number of tokens of
-        the step: microbatches are summed.
-    tokens, residual_tokens, vocab_size: of a sequence, of its residual stream, and columns of the logits, on this rank,
-        where other strategies split them.
+    mesh: the one-dimensional mesh of the pipeline's ranks. compute_dtype: type of the residual stream between stages.
+    loss: of logits and targets: a sum over tokens, in shares of the step's loss; microbatches are summed.
+    residual_tokens, vocab_size: tokens of a sequence's residual stream, and columns of the logits, on this rank, where
+        other strategies split them.
     around: is called with each Action of this rank, which then happens within the context that it returns.
     """
 
@@ -152,16 +122,12 @@ class PipelineStep:
         device: torch.device,
         compute_dtype: torch.dtype,
         loss: Callable[[Tensor, Tensor], Tensor],
-        tokens: int | None = None,
         residual_tokens: int | None = None,
         vocab_size: int | None = None,
         around: Callable[[Action], AbstractContextManager[None]] = lambda _: nullcontext(),
     ) -> None:
-        self.around = around
-        schedule, n_stages = recipe.pipeline.schedule, recipe.n_stages
-        self.group, self.device = mesh.get_group(), device
-        indices = _stages_of_rank(recipe, mesh.get_local_rank())
-        assert len(indices) == len(stages)
+        self.around, self.group, self.device = around, mesh.get_group(), device
+        n_stages, indices = recipe.n_stages, stages_of_rank(recipe, mesh.get_local_rank())
         self.has_first, self.has_last = 0 in indices, n_stages - 1 in indices
         self.rank_of_last = 0 if recipe.pipeline.is_v else recipe.parallel.pp - 1
 
@@ -169,35 +135,23 @@ class PipelineStep:
         def example(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
 
-        b, t, d = recipe.micro_batch, tokens or recipe.train.seq_len, recipe.model.d_model
+        b, t, d = recipe.micro_batch, len(stages[0].rotary.positions), recipe.model.d_model
         first_in = example(b, t, dtype=torch.int64)
         hidden = example(b, residual_tokens or t, d, dtype=compute_dtype)
         logits = example(b, t, vocab_size or recipe.model.vocab_size, dtype=compute_dtype)
-        torch_stages = [
-            _Stage(
-                self.action,
-                stage,
-                index,
-                n_stages,
-                device,
-                input_args=first_in if index == 0 else hidden,
-                output_args=logits if index == n_stages - 1 else hidden,
-                group=self.group,
-            )
-            for index, stage in zip(indices, stages, strict=True)
-        ]
+        torch_stages = []
+        for index, stage in zip(indices, stages, strict=True):
+            takes, gives = first_in if index == 0 else hidden, logits if index == n_stages - 1 else hidden
+            torch_stages.append(_Stage(self.action, stage, index, n_stages, device, takes, gives, group=self.group))
 
         def last_forward(logits: Tensor, targets: Tensor) -> Tensor:
             # torch computes the loss after the last stage's forward: it is a part of it.
             with self.action("forward", n_stages - 1, self._microbatch):
                 return loss(logits, targets)
 
-        self.schedule = SCHEDULE_CLASSES[schedule](
-            torch_stages[0] if recipe.pipeline.single_stage else torch_stages,
-            recipe.n_microbatches,
-            loss_fn=last_forward,
-            scale_grads=False,
-        )
+        scheduled = torch_stages[0] if recipe.pipeline.single_stage else torch_stages
+        make, n_microbatches = SCHEDULE_CLASSES[recipe.pipeline.schedule], recipe.n_microbatches
+        self.schedule = make(scheduled, n_microbatches, loss_fn=last_forward, scale_grads=False)
 
     @contextmanager
     def action(self, name: str, stage: int, microbatch: int) -> Iterator[None]:
@@ -229,37 +183,25 @@ class PipelineStep:
 # ---- tied embeddings ----------------------------------------------------------------------------------------------
 
 
-def tied_copies(stages: list[Transformer], *, recipe: Recipe) -> list[nn.Parameter]:
+def tied_copies(stages: list[Transformer]) -> list[nn.Parameter]:
     """Those of this rank's parameters that are second copies of a weight: the gradient norm leaves them out."""
-    if not recipe.model.tied_embeddings or recipe.n_stages == 1:
-        return []
-    return [stage.output.weight for stage in stages if stage.output is not None]
+    tied = [stage for stage in stages if stage.shape.tied_embeddings and not stage.tied]
+    return [stage.output.weight for stage in tied if stage.output is not None]
 
 
-def sum_tied_gradients(stages: list[Transformer], *, recipe: Recipe, mesh: DeviceMesh) -> None:
+@torch.no_grad()
+def sum_tied_gradients(stages: list[Transformer], *, mesh: DeviceMesh) -> None:
     """Gives both copies of a tied embedding the sum of their gradients. After data-parallel ranks are reduced.
 
     Nothing to do on the ranks that hold neither copy, or without tied embeddings.
     """
-    if not recipe.model.tied_embeddings:
+    if not stages[0].shape.tied_embeddings:
         return
-    group, last = mesh.get_group(), mesh.size() - 1
-    mine = [_local_gradient(part.weight) for s in stages for part in (s.embedding, s.output) if part is not None]
+    mine = [local_gradient(part.weight) for s in stages for part in (s.embedding, s.output) if part is not None]
     if len(mine) == 2:  # a V: the first rank holds both
         mine[0].add_(mine[1])
         mine[1].copy_(mine[0])
     elif len(mine) == 1 and mine[0].numel():
-        other = torch.empty_like(mine[0], memory_format=torch.contiguous_format)
-        peer = last - mesh.get_local_rank()  # 0 <-> last
-        sends = dist.P2POp(dist.isend, mine[0].contiguous(), group=group, group_peer=peer)
-        receives = dist.P2POp(dist.irecv, other, group=group, group_peer=peer)
-        for work in dist.batch_isend_irecv([sends, receives]):
-            work.wait()
-        mine[0].add_(other)
-
-
-def _local_gradient(weight: Tensor) -> Tensor:
-    gradient = weight.grad
-    assert gradient is not None
-    with torch.no_grad():
-        return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        peer = mesh.size() - 1 - mesh.get_local_rank()  # 0 <-> last
+        receive = exchange(mine[0], to=peer, source=peer, group=mesh.get_group())
+        mine[0].add_(receive())

@@ -5,16 +5,14 @@
     embedding   by vocabulary                                       -> partial sums
     output      by vocabulary                                       -> this rank's logits
 
-Each pair needs one communication before it and one after. Without sequence parallelism (SP) the residual stream is
-whole on every rank; with it (arXiv:2205.05198) norms and residuals hold T/tp tokens each:
-
-    without SP   before: nothing,    its backward: all-reduce      after: all-reduce,      its backward: nothing
-    with SP      before: all-gather, its backward: reduce-scatter  after: reduce-scatter,  its backward: all-gather
+Each pair needs one communication before it and one after, and their conjugates in backward. Without sequence
+parallelism the residual stream is whole on every rank; with it (arXiv:2205.05198) norms and residuals hold T/tp tokens.
 
 Weights rest as DTensors, for checkpoints, clipping and FSDP need their placement. The computation runs on the local
 parts: dispatching each operation through DTensor costs a sixth of a step on a CPU.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,17 +24,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from parallel.collectives import all_gather, all_reduce, reduce_scatter
-from parallel.mesh import local_part, part_of
+from parallel.mesh import as_dtensor, local_part, part_of
+from parallel.recipe import Recipe
 from parallel.transformer import Block, Embedding, Linear, RMSNorm, Transformer, cross_entropy
 
 SEQUENCE = 1  # the dim of x (B, T, D) that sequence parallelism splits
+Conjugates = tuple[Callable[..., Tensor], Callable[..., Tensor]]  # what forward does, and what its backward does
 
 
 def apply_tensor(model: Transformer, *, mesh: DeviceMesh, sequence_parallel: bool) -> None:
     """Splits `model` over the 1-D `mesh`, in place. Its parameters may be on the meta device."""
     group = mesh.get_group()
-    before = _gather_sequence if sequence_parallel else _sum_gradient
-    after = _scatter_sequence if sequence_parallel else _sum
+    before, after = (GATHER_SEQUENCE, SCATTER_SEQUENCE) if sequence_parallel else (SUM_GRADIENT, SUM)
 
     def norm(whole: RMSNorm) -> LocalNorm:
         return LocalNorm(whole, mesh, group if sequence_parallel else None)
@@ -59,11 +58,6 @@ def apply_tensor(model: Transformer, *, mesh: DeviceMesh, sequence_parallel: boo
         model.norm, model.output = norm(model.norm), LocalLinear(model.output, mesh, Shard(0))
         model.tie()
         _communicate(model.output, group, before=before)
-
-
-def residual_tokens(tokens: int, *, tp: int, sequence_parallel: bool) -> int:
-    """Of so many tokens of a sequence, those that the residual stream of a rank holds."""
-    return tokens // tp if sequence_parallel else tokens
 
 
 # ---- modules that compute on the local part of a DTensor weight -----------------------------------------------------
@@ -89,7 +83,7 @@ class LocalNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         weight = local_part(self.weight)
         if self.group is not None:
-            weight = _sum_gradient(weight, self.group)
+            weight = _Communicate.apply(weight, self.group, *SUM_GRADIENT)
         return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), self.eps)
 
 
@@ -111,123 +105,68 @@ class VocabParallelEmbedding(Embedding):
 
 
 def rows_of_rank(n_rows: int, mesh: DeviceMesh) -> range:
-    """The rows of a matrix split by rows that this tp rank holds; tp is the mesh's last dimension.
-
-    All ranks hold equally many, but the last, which holds what is left.
-    """
+    """The rows of a matrix split by rows that this tp rank holds; tp is the mesh's last dimension."""
     return part_of(n_rows, mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1))
 
 
 def _as_dtensor(weight: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
     """This rank's part of the whole `weight`, as a DTensor. The last part may be smaller."""
-    whole = weight.detach()
-    part = whole
+    whole = part = weight.detach()
     if isinstance(placement, Shard):
-        part = part.chunk(mesh.size(), dim=placement.dim)[mesh.get_local_rank()].clone()
-    return nn.Parameter(
-        DTensor.from_local(part, mesh, [placement], run_check=False, shape=whole.shape, stride=whole.stride())
-    )
+        part = whole.chunk(mesh.size(), dim=placement.dim)[mesh.get_local_rank()].clone()
+    return nn.Parameter(as_dtensor(part, whole, mesh, [placement]))
 
 
 def _communicate(
     module: nn.Module,
     group: dist.ProcessGroup,
     *,
-    before: Callable[[Tensor, dist.ProcessGroup], Tensor] | None = None,
-    after: Callable[[Tensor, dist.ProcessGroup], Tensor] | None = None,
+    before: Conjugates | None = None,
+    after: Conjugates | None = None,
 ) -> None:
     if before is not None:
-        module.register_forward_pre_hook(lambda _, args: (before(args[0], group), *args[1:]))
+        module.register_forward_pre_hook(lambda _, args: (_Communicate.apply(args[0], group, *before), *args[1:]))
     if after is not None:
-        module.register_forward_hook(lambda _module, _args, out: after(out, group))
+        module.register_forward_hook(lambda _module, _args, out: _Communicate.apply(out, group, *after))
 
 
-# ---- the four communications, each with its conjugate as backward ---------------------------------------------------
+# ---- the four communications ----------------------------------------------------------------------------------------
 
 
-class _SumGradient(torch.autograd.Function):
-    """Forward: nothing. Backward: all-reduce. (f in the Megatron paper)"""
+def _nothing(x: Tensor, *, group: dist.ProcessGroup) -> Tensor:
+    return x.view_as(x)
 
+
+_gather, _scatter = (functools.partial(each, dim=SEQUENCE) for each in (all_gather, reduce_scatter))
+
+SUM_GRADIENT: Conjugates = (_nothing, all_reduce)  # f in the Megatron paper
+SUM: Conjugates = (all_reduce, _nothing)  # g
+GATHER_SEQUENCE: Conjugates = (_gather, _scatter)
+SCATTER_SEQUENCE: Conjugates = (_scatter, _gather)
+
+
+class _Communicate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, *conjugates: Callable[..., Tensor]) -> Tensor:
+        forward, ctx.conjugate = conjugates
         ctx.group = group
-        return x.view_as(x)
+        return forward(x, group=group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grad, group=ctx.group), None
-
-
-class _Sum(torch.autograd.Function):
-    """Forward: all-reduce. Backward: nothing. (g in the Megatron paper)"""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return all_reduce(x, group=group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _GatherSequence(torch.autograd.Function):
-    """Forward: all-gather along the sequence. Backward: reduce-scatter."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return all_gather(x, dim=SEQUENCE, group=group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return reduce_scatter(grad, dim=SEQUENCE, group=ctx.group), None
-
-
-class _ScatterSequence(torch.autograd.Function):
-    """Forward: reduce-scatter along the sequence. Backward: all-gather."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return reduce_scatter(x, dim=SEQUENCE, group=group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_gather(grad, dim=SEQUENCE, group=ctx.group), None
-
-
-def _sum_gradient(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return _SumGradient.apply(x, group)
-
-
-def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return _Sum.apply(x, group)
-
-
-def _gather_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return _GatherSequence.apply(x, group)
-
-
-def _scatter_sequence(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return _ScatterSequence.apply(x, group)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.conjugate(grad, group=ctx.group), None, None, None
 
 
 # ---- the loss on vocabulary shards ----------------------------------------------------------------------------------
 
 
-def tensor_parallel_loss(
-    *, mesh: DeviceMesh, vocab_size: int, loss_parallel: bool
-) -> Callable[[Tensor, Tensor], Tensor]:
+def tensor_parallel_loss(logits: Tensor, targets: Tensor, *, recipe: Recipe, mesh: DeviceMesh) -> Tensor:
     """`cross_entropy` for logits (B, T, V/tp) of this rank and targets (B, T): their sum over tokens, on every rank."""
-    group, first = mesh.get_group(), rows_of_rank(vocab_size, mesh).start
-
-    def on_shards(logits: Tensor, targets: Tensor) -> Tensor:
+    vocab_size, group = recipe.model.vocab_size, mesh.get_group()
+    first = rows_of_rank(vocab_size, mesh).start
+    if recipe.tensor.loss_parallel:
         return _VocabParallelCrossEntropy.apply(logits, targets, first, group)
-
-    def on_gathered(logits: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy(_GatherVocabulary.apply(logits, vocab_size, first, group), targets)
-
-    return on_shards if loss_parallel else on_gathered
+    return cross_entropy(_GatherVocabulary.apply(logits, vocab_size, first, group), targets)
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
