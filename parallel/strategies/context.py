@@ -9,7 +9,7 @@ sequence is therefore cut into 2·cp chunks, and rank r holds chunk r and chunk 
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +51,14 @@ def apply_context(model: Transformer, *, mesh: DeviceMesh, method: ContextMethod
     model.rotary.keep(local_slices(seq_len=seq_len, cp=cp, cp_rank=cp_rank, method=method))
 
 
+class _Piece(NamedTuple):
+    """A rectangle of the attention matrix that is all visible, or a square on its diagonal."""
+
+    queries: slice  # of mine
+    keys: slice  # of those at hand
+    causal: bool
+
+
 # ---- ring ----------------------------------------------------------------------------------------------------------
 
 
@@ -68,10 +76,7 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> Tensor:
         q, kv = _last_dim_dense(q), torch.stack((k, v))  # (2, B, K, t, E), one message
-        out, lse = _no_attention_yet(q)
-        for source, theirs in _circulate(kv, group):
-            _attend_piece(out, lse, q, theirs, _ring_piece(source, rank=group.rank(), half=q.shape[2] // 2))
-        out = out.to(q.dtype)
+        out, lse = _attend(q, _ring_pieces(kv, group))
         ctx.group = group
         ctx.save_for_backward(q, kv, out, lse)
         return out
@@ -82,13 +87,12 @@ class _Ring(torch.autograd.Function):
         grad, rank = _last_dim_dense(grad), ctx.group.rank()
         dq = torch.zeros_like(q, dtype=lse.dtype)
         receive_dkv = None
-        for source, theirs in _circulate(kv, ctx.group):
-            piece = _ring_piece(source, rank=rank, half=q.shape[2] // 2)
+        for theirs, piece in _ring_pieces(kv, ctx.group):
             parts = _piece_gradients(grad, q, theirs, out, lse, piece)
             # The gradients of a rank's keys start on the next rank and follow the keys round, until they are home.
             dkv = receive_dkv() if receive_dkv else torch.zeros_like(kv, dtype=lse.dtype)
             _add_gradients(dq, dkv, parts, piece)
-            if source == rank:
+            if piece.causal:  # they are mine
                 own_dkv = dkv
             else:
                 receive_dkv = exchange(dkv, to=rank + 1, source=rank - 1, group=ctx.group)
@@ -96,32 +100,23 @@ class _Ring(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), None
 
 
-def _circulate(kv: Tensor, group: dist.ProcessGroup) -> Iterator[tuple[int, Tensor]]:
-    """Yields (rank of origin, its K and V): mine, those of the rank before, ... The next travel during each yield."""
-    rank, cp = group.rank(), group.size()
+def _ring_pieces(kv: Tensor, group: dist.ProcessGroup) -> Iterator[tuple[Tensor, _Piece]]:
+    """K and V of each rank: mine, those of the rank before, ...; and the half of them that my queries see.
+
+    The next travel during each yield.
+    """
+    rank, cp, half = group.rank(), group.size(), kv.shape[-2] // 2
+    everything, early, late = slice(None), slice(half), slice(half, None)
     for step in range(cp):
         receive = exchange(kv, to=rank + 1, source=rank - 1, group=group) if step < cp - 1 else None
-        yield (rank - step) % cp, kv
+        if step == 0:
+            yield kv, _Piece(everything, everything, causal=True)
+        elif step <= rank:  # of a rank before: its early chunk lies before both of mine, its late one after both
+            yield kv, _Piece(everything, early, causal=False)
+        else:  # of a rank after: both of its chunks lie between mine
+            yield kv, _Piece(late, everything, causal=False)
         if receive:
             kv = receive()
-
-
-class _Piece(NamedTuple):
-    """A rectangle of the attention matrix that is all visible, or a square on its diagonal."""
-
-    queries: slice  # of mine
-    keys: slice  # of those at hand
-    causal: bool
-
-
-def _ring_piece(source: int, *, rank: int, half: int) -> _Piece:
-    """What my queries see of the keys of `source`: half of the rectangle in every case, equal work on all ranks."""
-    everything, early, late = slice(None), slice(half), slice(half, None)
-    if source == rank:
-        return _Piece(everything, everything, causal=True)
-    if source < rank:  # its early chunk lies before both of mine, its late one after both
-        return _Piece(everything, early, causal=False)
-    return _Piece(late, everything, causal=False)  # both of its chunks lie between mine
 
 
 # ---- all-gather ----------------------------------------------------------------------------------------------------
@@ -144,10 +139,7 @@ class _AllGather(torch.autograd.Function):
         of_ranks = all_gather(kv, dim=0, group=group)  # (cp·2, B, K, t, E)
         early, late = of_ranks.unflatten(0, (-1, 2)).chunk(2, dim=-2)  # (cp, 2, B, K, t/2, E) each
         kv = torch.cat((early, late.flip(0))).movedim(0, -3).flatten(-3, -2)  # (2, B, K, T, E), in sequence order
-        out, lse = _no_attention_yet(q)
-        for piece in _prefix_pieces(group.rank(), group.size(), q.shape[2] // 2):
-            _attend_piece(out, lse, q, kv, piece)
-        out = out.to(q.dtype)
+        out, lse = _attend(q, _prefix_pieces(kv, group))
         ctx.group = group
         ctx.save_for_backward(q, kv, out, lse)
         return out
@@ -157,7 +149,7 @@ class _AllGather(torch.autograd.Function):
         q, kv, out, lse = ctx.saved_tensors
         grad, cp = _last_dim_dense(grad), ctx.group.size()
         dq, dkv = torch.zeros_like(q, dtype=lse.dtype), torch.zeros_like(kv, dtype=lse.dtype)
-        for piece in _prefix_pieces(ctx.group.rank(), cp, q.shape[2] // 2):
+        for _, piece in _prefix_pieces(kv, ctx.group):
             _add_gradients(dq, dkv, _piece_gradients(grad, q, kv, out, lse, piece), piece)
         early, late = dkv.unflatten(-2, (2 * cp, -1)).movedim(-3, 0).chunk(2)  # (cp, 2, B, K, t/2, E) each
         of_ranks = torch.cat((early, late.flip(0)), dim=-2).flatten(0, 1)  # (cp·2, B, K, t, E)
@@ -165,12 +157,14 @@ class _AllGather(torch.autograd.Function):
         return dq.to(q.dtype), dk, dv, None
 
 
-def _prefix_pieces(rank: int, cp: int, size: int) -> Iterator[_Piece]:
-    """Each of my two chunks of `size` queries sees the chunks before it, and itself up to the diagonal."""
+def _prefix_pieces(kv: Tensor, group: dist.ProcessGroup) -> Iterator[tuple[Tensor, _Piece]]:
+    """Each of my two chunks of queries sees the chunks before it, and itself up to the diagonal."""
+    rank, cp = group.rank(), group.size()
+    size = kv.shape[-2] // (2 * cp)
     for queries, chunk in ((slice(size), rank), (slice(size, None), 2 * cp - 1 - rank)):
         if chunk > 0:
-            yield _Piece(queries, slice(chunk * size), causal=False)
-        yield _Piece(queries, slice(chunk * size, (chunk + 1) * size), causal=True)
+            yield kv, _Piece(queries, slice(chunk * size), causal=False)
+        yield kv, _Piece(queries, slice(chunk * size, (chunk + 1) * size), causal=True)
 
 
 # ---- Ulysses -------------------------------------------------------------------------------------------------------
@@ -219,10 +213,13 @@ METHODS: dict[ContextMethod, Callable[..., Tensor]] = {
 # its result and its log Σ eˢ (lse), and any number of pieces merge exactly (Dao et al. 2022, arXiv:2205.14135).
 
 
-def _no_attention_yet(q: Tensor) -> tuple[Tensor, Tensor]:
-    """The result and the lse of no keys at all, in float32 at least."""
+def _attend(q: Tensor, pieces: Iterable[tuple[Tensor, _Piece]]) -> tuple[Tensor, Tensor]:
+    """The result and the lse of all pieces, each of the K and V beside it; merged in float32 at least."""
     out = torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32))  # (B, H, t, E)
-    return out, out.new_full(q.shape[:3], -torch.inf)  # (B, H, t)
+    lse = out.new_full(q.shape[:3], -torch.inf)  # (B, H, t)
+    for kv, piece in pieces:
+        _attend_piece(out, lse, q, kv, piece)
+    return out.to(q.dtype), lse
 
 
 def _attend_piece(out: Tensor, lse: Tensor, q: Tensor, kv: Tensor, piece: _Piece) -> None:
