@@ -8,7 +8,6 @@ FLOPs are counted by the trackers of a measured run.
 import concurrent.futures
 import dataclasses
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -39,12 +38,9 @@ EAGER_NOTE = " As eager code runs: what torch.compile fuses or computes again is
 
 
 def dry_run(recipe: Recipe, *, ranks: Sequence[int], say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """The record of `recipe`, of kind "dry-run", for these ranks. See `distinct_ranks` for which say everything.
+    """The record of `recipe`, of kind "dry-run", from these ranks; those of `distinct_ranks` say everything.
 
-    `say` gets a line as each of several ranks is done. memory has a row for each of `ranks`; its maximum and minimum,
-    and hardware FLOPs, which are sums over all ranks, are null where `ranks` leave a kind of rank out. traffic: of each
-    kind of message, the rank that sends most.
-    Raises RecipeError for a rank that the recipe does not have.
+    `say` gets a line as each of several ranks is done. Raises RecipeError for a rank that the recipe does not have.
     """
     for rank in ranks:
         if not 0 <= rank < recipe.world_size:
@@ -65,8 +61,7 @@ def measure_each(recipe: Recipe, ranks: Sequence[int], say: Callable[[str], None
     if len(ranks) == 1:
         yield ranks[0], dry_run_rank(recipe, rank=ranks[0])
         return
-    workers = min(len(ranks), os.cpu_count() or 1)
-    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    pool = concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"))
     try:
         futures = [pool.submit(dry_run_rank, recipe, rank=rank) for rank in ranks]
         for n_done, (rank, future) in enumerate(zip(ranks, futures, strict=True), start=1):

@@ -5,8 +5,9 @@ A patch holds within its context manager alone.
 
 import contextlib
 import sys
+import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -129,16 +130,6 @@ def _static_stages() -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(schedules._PipelineSchedule, "_warmup_p2p", elect, create=True)  # torch 2.11 has no vote
 
 
-class _Held:
-    """Stands among the works of a batch of messages, and keeps their tensors alive as long as real works do."""
-
-    def __init__(self, messages: Sequence[dist.P2POp]) -> None:
-        self.tensors = [message.tensor for message in messages]
-
-    def wait(self) -> None:
-        pass
-
-
 @contextlib.contextmanager
 def _messages_hold() -> Iterator[None]:
     """A real message keeps its tensor until its work is forgotten; the fake group's are done, and keep nothing."""
@@ -146,7 +137,8 @@ def _messages_hold() -> Iterator[None]:
 
     def holding(send: Callable[..., Any]) -> Callable[..., Any]:
         def sent(messages: list[dist.P2POp], *arguments: Any, **options: Any) -> list[Any]:
-            return [*send(messages, *arguments, **options), _Held(messages)]
+            held = types.SimpleNamespace(messages=messages, wait=lambda: None)  # stands among the works
+            return [*send(messages, *arguments, **options), held]
 
         return sent
 

@@ -73,28 +73,25 @@ def split_pipeline(model: Transformer, *, recipe: Recipe, pp_rank: int) -> list[
     return stages
 
 
-Act = Callable[[str, int, int], AbstractContextManager[None]]  # name, stage and microbatch of an Action
-
-
 class _Stage(pipelining.PipelineStage):
-    """Does what it does within `act`."""
+    """Does what it does within an action of `step`."""
 
-    def __init__(self, act: Act, *arguments: Any, **options: Any) -> None:
+    def __init__(self, step: "PipelineStep", *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.act = act
+        self.step = step
 
     def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **options: Any) -> Any:
-        with self.act("forward", self.stage_index, fwd_chunk_id):
+        with self.step.action("forward", self.stage_index, fwd_chunk_id):
             return super().forward_one_chunk(fwd_chunk_id, *arguments, **options)
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
-        with self.act("backward" if full_backward else "backward_input", self.stage_index, bwd_chunk_id):
+        with self.step.action("backward" if full_backward else "backward_input", self.stage_index, bwd_chunk_id):
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
-        with self.act("backward_weight", self.stage_index, bwd_chunk_id):
+        with self.step.action("backward_weight", self.stage_index, bwd_chunk_id):
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
@@ -142,7 +139,7 @@ class PipelineStep:
         torch_stages = []
         for index, stage in zip(indices, stages, strict=True):
             takes, gives = first_in if index == 0 else hidden, logits if index == n_stages - 1 else hidden
-            torch_stages.append(_Stage(self.action, stage, index, n_stages, device, takes, gives, group=self.group))
+            torch_stages.append(_Stage(self, stage, index, n_stages, device, takes, gives, group=self.group))
 
         def last_forward(logits: Tensor, targets: Tensor) -> Tensor:
             # torch computes the loss after the last stage's forward: it is a part of it.
@@ -167,12 +164,9 @@ class PipelineStep:
         Gradients are added to .grad. Returns the sum of the microbatches' losses on every rank, in float64.
         """
         losses: list[Tensor] = []
-        self.schedule.step(
-            *((tokens.contiguous(),) if self.has_first else ()),  # torch 2.11 compares strides too
-            target=targets if self.has_last else None,
-            losses=losses,
-            return_outputs=False,
-        )
+        inputs = (tokens.contiguous(),) if self.has_first else ()  # torch 2.11 compares strides too
+        target = targets if self.has_last else None
+        self.schedule.step(*inputs, target=target, losses=losses, return_outputs=False)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for loss in losses:
             total += loss.detach()

@@ -66,7 +66,7 @@ def apply_tensor(model: Transformer, *, mesh: DeviceMesh, sequence_parallel: boo
 class LocalLinear(Linear):
     def __init__(self, whole: Linear, mesh: DeviceMesh, placement: Placement) -> None:
         nn.Module.__init__(self)  # and not Linear's, which makes a weight
-        self.weight = _as_dtensor(whole.weight, mesh, placement)
+        self.weight = _split_weight(whole.weight, mesh, placement)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, local_part(self.weight).to(x.dtype))
@@ -78,7 +78,7 @@ class LocalNorm(RMSNorm):
     def __init__(self, whole: RMSNorm, mesh: DeviceMesh, group: dist.ProcessGroup | None) -> None:
         nn.Module.__init__(self)
         self.eps, self.group = whole.eps, group
-        self.weight = _as_dtensor(whole.weight, mesh, Replicate())
+        self.weight = _split_weight(whole.weight, mesh, Replicate())
 
     def forward(self, x: Tensor) -> Tensor:
         weight = local_part(self.weight)
@@ -93,7 +93,7 @@ class VocabParallelEmbedding(Embedding):
     def __init__(self, whole: Embedding, mesh: DeviceMesh) -> None:
         nn.Module.__init__(self)
         self.compute_dtype = whole.compute_dtype
-        self.weight = _as_dtensor(whole.weight, mesh, Shard(0))
+        self.weight = _split_weight(whole.weight, mesh, Shard(0))
 
     def forward(self, tokens: Tensor) -> Tensor:
         rows = local_part(self.weight)
@@ -109,7 +109,7 @@ def rows_of_rank(n_rows: int, mesh: DeviceMesh) -> range:
     return part_of(n_rows, mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1))
 
 
-def _as_dtensor(weight: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
+def _split_weight(weight: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
     """This rank's part of the whole `weight`, as a DTensor. The last part may be smaller."""
     whole = part = weight.detach()
     if isinstance(placement, Shard):
