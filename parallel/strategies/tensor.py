@@ -5,8 +5,11 @@
     embedding   by vocabulary                                       -> partial sums
     output      by vocabulary                                       -> this rank's logits
 
-Each pair needs one communication before it and one after, and their conjugates in backward. Without sequence
-parallelism the residual stream is whole on every rank; with it (arXiv:2205.05198) norms and residuals hold T/tp tokens.
+Each pair needs one communication before it and one after. Without sequence parallelism (SP) the residual stream is
+whole on every rank; with it (arXiv:2205.05198) norms and residuals hold T/tp tokens each:
+
+    without SP   before: nothing,    its backward: all-reduce      after: all-reduce,      its backward: nothing
+    with SP      before: all-gather, its backward: reduce-scatter  after: reduce-scatter,  its backward: all-gather
 
 Weights rest as DTensors, for checkpoints, clipping and FSDP need their placement. The computation runs on the local
 parts: dispatching each operation through DTensor costs a sixth of a step on a CPU.
