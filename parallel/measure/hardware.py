@@ -1,14 +1,15 @@
 """What the hardware can do: the dense peak of a device by its exact name, and the fastest matrix product measured.
 
-A peak that is guessed makes an MFU that is wrong by a factor of two or three, without a word. So nothing here is: a
-name that is not in the table, or a type whose rate is not certain, has no peak, and says so.
+Nothing here is guessed, for that makes an MFU that is wrong by a factor of two or three without a word.
 """
 
-import os
+import itertools
 import time
 from typing import NamedTuple
 
 import torch
+
+from parallel.measure.record import available_cores
 
 CEILING_SECONDS = 0.3  # per measurement; long enough to catch a moment in which nothing else runs
 CPU_SIZES = (256, 512, 1024)
@@ -38,9 +39,8 @@ _COMPOSER = "github.com/mosaicml/composer@6405188 callbacks/speed_monitor.py, of
 _TITAN = "github.com/pytorch/torchtitan@b5bcd76 torchtitan/tools/utils.py, from the vendors' pages"
 _NANOCHAT = "github.com/karpathy/nanochat@92d63d4 nanochat/common.py"
 
-# By the name that torch.cuda.get_device_name gives. float32 is the rate without tensor cores on NVIDIA, tfloat32 that
-# with them. Volta and Turing have no bfloat16 units. What sources disagree about is left out:
-# float32 of B200, GB200, B300 and GB300 (75 to 90 TFLOP/s), everything of A10G (70 or 125), H20 beside bfloat16.
+# By the name that torch.cuda.get_device_name gives. What sources disagree about is left out, as docs/measures.md says;
+# of an H20, all but bfloat16. float32 is the rate without tensor cores on NVIDIA, tfloat32 that with them.
 ACCELERATORS: dict[str, Accelerator] = {
     "Tesla V100-SXM2-16GB": _part(_LIGHTNING, 16, float32=15.7),
     "Tesla V100-SXM2-32GB": _part(_LIGHTNING, 32, float32=15.7),
@@ -104,9 +104,8 @@ def peak_of_rank(
 ) -> Peak:
     """The peak against which a rank on `device`, one of `local_ranks` on this host, is measured.
 
-    given_flops: the user's --peak-flops, which goes before all else. A CPU has no datasheet peak: there it is
-    `matmul_ceiling_flops`, measured with the threads of one rank, or this rank's share of it where the ranks of the
-    host have more threads than it has cores: 4 ranks of one thread on 2 cores have half of it each.
+    given_flops: the user's --peak-flops, which goes before all else. On a CPU it is `matmul_ceiling_flops`, measured
+    with the threads of one rank, or this rank's share of it where the ranks have more threads than the host has cores.
     """
     if given_flops is not None:
         return Peak(given_flops, "given with --peak-flops")
@@ -114,17 +113,11 @@ def peak_of_rank(
         in_tf32 = dtype == "float32" and torch.get_float32_matmul_precision() != "highest"
         return peak_flops(torch.cuda.get_device_name(device), "tfloat32" if in_tf32 else dtype)
     threads, cores = torch.get_num_threads(), available_cores()
-    measured = f"measured: the fastest {dtype} matrix product on {threads} thread{'s' * (threads > 1)} of this CPU"
-    if local_ranks * threads <= cores:
-        return Peak(matmul_ceiling_flops, measured)
-    share = cores / (local_ranks * threads)
-    shared = f"x {share:.3g}, as {local_ranks} ranks share {cores} core{'s' * (cores > 1)}"
-    return Peak(matmul_ceiling_flops * share, f"{measured}, {shared}")
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    source = f"measured: the fastest {dtype} matrix product on {threads} thread{'s' * (threads > 1)} of this CPU"
+    share = min(1.0, cores / (local_ranks * threads))
+    if share < 1:
+        source += f", x {share:.3g}, as {local_ranks} ranks share {cores} core{'s' * (cores > 1)}"
+    return Peak(matmul_ceiling_flops * share, source)
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
@@ -133,23 +126,21 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     With the threads that this process uses for its steps. On a CPU the other ranks of the host must wait meanwhile.
     The best of many, because whatever else runs on the machine can only slow one down.
     """
-    on_cuda = device.type == "cuda"
-    sizes, calls = (CUDA_SIZES, 10) if on_cuda else (CPU_SIZES, 1)  # a GPU is asked for several at once
+    sizes, calls = (CUDA_SIZES, 10) if device.type == "cuda" else (CPU_SIZES, 1)  # a GPU is asked for several at once
     factors = [torch.randn(2, n, n, device=device).to(dtype) for n in sizes]
     best, deadline = 0.0, time.perf_counter() + CEILING_SECONDS
-    while time.perf_counter() < deadline:
-        for a, b in factors:
-            _synchronize(device)
-            start = time.perf_counter()
-            for _ in range(calls):
-                a @ b
-            _synchronize(device)
-            best = max(best, calls * 2 * len(a) ** 3 / (time.perf_counter() - start))
-            if time.perf_counter() > deadline:
-                break
-    if on_cuda:
-        del factors, a, b
-        torch.cuda.empty_cache()  # a measure of memory may follow
+    for a, b in itertools.cycle(factors):
+        _synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            a @ b
+        _synchronize(device)
+        end = time.perf_counter()
+        best = max(best, calls * 2 * len(a) ** 3 / (end - start))
+        if end > deadline:
+            break
+    del factors, a, b
+    torch.cuda.empty_cache()  # a measure of memory may follow
     return best
 
 

@@ -129,7 +129,7 @@ class Record:
 
     @classmethod
     def of(cls, recipe: Recipe, kind: str = "measured") -> "Record":
-        """One in which nothing is measured yet."""
+        """One in which nothing is measured yet; its status, too, is null until it is known."""
         assert kind in KINDS, kind
         layout = {key: getattr(recipe if hasattr(recipe, key) else recipe.parallel, key) for key in LAYOUT}
         return cls(kind=kind, recipe=recipe.resolved(), layout=layout, environment=environment())
@@ -138,14 +138,11 @@ class Record:
         return dataclasses.asdict(self)
 
 
-def new_record(recipe: Recipe | Mapping[str, Any], kind: str = "measured") -> dict[str, Any]:
-    """The JSON of a record in which nothing is measured yet; its status, too, is null until it is known.
-
-    A recipe that was refused is given as the tables its author wrote: it has no layout.
-    """
+def new_record(recipe: Recipe | Mapping[str, Any]) -> dict[str, Any]:
+    """Its JSON. A recipe that was refused is given as the tables its author wrote: it has no layout."""
     if isinstance(recipe, Recipe):
-        return Record.of(recipe, kind).as_json()
-    return Record(kind=kind, recipe=dict(recipe), environment=environment()).as_json()
+        return Record.of(recipe).as_json()
+    return Record(kind="measured", recipe=dict(recipe), environment=environment()).as_json()
 
 
 # ---- environment ---------------------------------------------------------------------------------------------------
@@ -162,7 +159,7 @@ def environment() -> Environment:
         numpy=version("numpy"),
         platform=platform.platform(),
         cpu=_cpu_model(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        cores=available_cores(),
         accelerators=_accelerators(),
     )
 
@@ -170,12 +167,15 @@ def environment() -> Environment:
 def _accelerators() -> list[str] | None:
     """This host's GPUs by name; None where that is not known."""
     torch = sys.modules.get("torch")  # not imported for this: the launcher lives without it
-    if torch is None:
-        return None
     try:
-        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else None
     except RuntimeError:  # the GPU whose failure is being recorded
         return None
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def version(package: str) -> str | None:
@@ -210,10 +210,9 @@ def _cpu_model() -> str | None:
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Writes `record` as JSON; NaN and infinities become null. Whoever reads sees the old file or the new, whole."""
     assert record["status"] in STATUSES, record["status"]
-    path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(record_json(record) + "\n", encoding="utf-8")
@@ -235,63 +234,46 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_steps(path: str | Path) -> list[dict[str, Any]]:
+def read_steps(path: Path) -> list[dict[str, Any]]:
     """The steps in a steps.jsonl, up to where its writer was stopped; none where there is no file."""
     try:
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
     steps = []
     for line in lines:
         try:
-            step = json.loads(line, parse_constant=lambda constant: None)
+            steps.append(finite(json.loads(line)))
         except (ValueError, RecursionError):
             break
-        if isinstance(step, dict):
-            steps.append(step)
-    return steps
+    return [step for step in steps if isinstance(step, dict)]
 
 
-def read_records(directory: str | Path) -> list[dict[str, Any]]:
-    """The records of `directory` itself and of the folders in it, by name of folder, each with every key.
-
-    One that cannot be read is a record too: failed, with the reason.
-    """
-    directory = Path(directory)
+def read_records(directory: Path) -> list[dict[str, Any]]:
+    """The records of `directory` itself and of the folders in it, by name of folder."""
     folders = [directory, *sorted(directory.iterdir())] if directory.is_dir() else []
     paths = [folder / "record.json" for folder in folders if folder.is_dir()]
     return [read_record(path) for path in paths if os.path.lexists(path)]
 
 
-def read_record(path: str | Path) -> dict[str, Any]:
-    """The record in the file `path`; a failed one with the reason where there is none to be had."""
-    path = Path(path)
+def read_record(path: Path) -> dict[str, Any]:
+    """The record in the file `path`, with every key; a failed one with the reason where there is none to be had."""
     try:
         if not path.is_file():  # a pipe would be waited on for ever
             raise ValueError("is not a file")
         if path.stat().st_size > LARGEST_FILE_BYTES:
             raise ValueError(f"is larger than {LARGEST_FILE_BYTES} bytes")
-        text = path.read_text(encoding="utf-8")
-        # 1e999 is valid JSON and infinite: finite sees to it.
-        return _checked(finite(json.loads(text, parse_constant=lambda constant: None)), path)
+        data = finite(json.loads(path.read_text(encoding="utf-8")))
+        if not isinstance(data, dict):
+            raise ValueError("it is not a JSON object")
+        for key, allowed in (("schema", (SCHEMA,)), ("status", STATUSES), ("kind", KINDS)):
+            if data.get(key) not in allowed:
+                raise ValueError(f"{key} is {str(data.get(key))[:40]!r}, not {' or '.join(map(str, allowed))}")
     except (OSError, ValueError, RecursionError) as error:
         said = getattr(error, "strerror", None) or str(error) or "nested too deeply"
-        reason = f"record.json cannot be used: {said}"
-        return Record().as_json() | {
-            "status": "failed",
-            "reason": reason,
-            "recipe": {"name": path.absolute().parent.name},
-        }
-
-
-def _checked(data: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(data, dict):
-        raise ValueError("it is not a JSON object")
-    for key, allowed in (("schema", (SCHEMA,)), ("status", STATUSES), ("kind", KINDS)):
-        if data.get(key) not in allowed:
-            raise ValueError(f"{key} is {str(data.get(key))[:40]!r}, not {' or '.join(map(str, allowed))}")
+        data = {"status": "failed", "reason": f"record.json cannot be used: {said}"}
     record = _completed(data, Record().as_json())
-    record["steps"] = [step for step in record["steps"] or [] if isinstance(step, dict)]
+    record["steps"] = [step for step in record["steps"] if isinstance(step, dict)]
     if not isinstance(record["recipe"].get("name"), str):
         record["recipe"]["name"] = path.absolute().parent.name
     if record["reason"] is not None:
@@ -299,13 +281,12 @@ def _checked(data: Any, path: Path) -> dict[str, Any]:
     return record
 
 
-def _completed(data: Mapping[str, Any], blank: Mapping[str, Any]) -> dict[str, Any]:
+def _completed(data: Any, blank: Mapping[str, Any]) -> dict[str, Any]:
     """`data` with every key of `blank`: sections are tables and lists are lists, whatever was written."""
-    complete = dict(data)
+    complete = {**blank, **(data if isinstance(data, dict) else {})}
     for key, empty in blank.items():
-        value = data.get(key)
         if isinstance(empty, dict):
-            complete[key] = _completed(value if isinstance(value, dict) else {}, empty)
-        else:
-            complete[key] = value if isinstance(value, list) or not isinstance(empty, list) else []
+            complete[key] = _completed(complete[key], empty)
+        elif isinstance(empty, list) and not isinstance(complete[key], list):
+            complete[key] = []
     return complete
