@@ -12,13 +12,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel.measure.hardware import Peak
 from parallel.measure.record import Flops
+from parallel.measure.traffic import by_name
 from parallel.recipe import Model, Recipe
 
 aten = torch.ops.aten
@@ -85,62 +85,42 @@ class FlopCounter(TorchDispatchMode):
         call = (func, *args)
         for i, operation in enumerate(call):  # wrapped, the operation and its arguments are the wrapper's last ones
             if isinstance(operation, OpOverload):
-                count = COUNTS.get(operation._overloadpacket)
-                if count is not None:
-                    self.flops += count(_by_name(operation, call[i + 1 :], kwargs))
+                if count := COUNTS.get(operation._overloadpacket):
+                    self.flops += count(by_name(operation, call[i + 1 :], kwargs))
                 break
         return func(*args, **kwargs)
 
 
-def _by_name(operation: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The call's arguments by name: their positions differ between the attention kernels."""
-    defaults = {argument.name: argument.default_value for argument in operation._schema.arguments}
-    return defaults | dict(zip(defaults, args, strict=False)) | kwargs
+Call = dict[str, Any]  # the arguments of one, by name
 
 
-def _product(factors: str) -> Callable[[dict[str, Any]], int]:
-    """(..., m, k) x (..., k, n): 2·m·k·n each. `factors` names the two arguments."""
-    left, right = factors.split()
+def _product(left: str, right: str) -> Callable[[Call], int]:
+    """(..., m, k) x (..., k, n), which are arguments of these names: 2·m·k·n each."""
+    return lambda call: 2 * call[left].numel() * call[right].shape[-1]
 
-    def count(call: dict[str, Any]) -> int:
-        a, b = call[left], call[right]
-        assert isinstance(a, Tensor) and isinstance(b, Tensor)
-        return 2 * math.prod(a.shape) * b.shape[-1]
+
+def _attention(*, keys: int, values: int) -> Callable[[Call], int]:
+    """So many products of queries x keys over the width of heads of q, and over that of v; half of them if causal."""
+
+    def count(call: Call) -> int:
+        q, k, v = call["query"], call["key"], call["value"]  # (B, H, t, E), (B, K, t', E), (B, K, t', E')
+        pairs = math.prod(q.shape[:3]) * k.shape[2]  # each of the K heads of keys serves H/K heads of queries
+        return (1 if call["is_causal"] else 2) * pairs * (keys * q.shape[3] + values * v.shape[3])
 
     return count
 
 
-def _attention_forward(call: dict[str, Any]) -> int:
-    pairs, head_dim, value_dim = _pairs(call)
-    return pairs * (head_dim + value_dim)  # scores, and their product with v
-
-
-def _attention_backward(call: dict[str, Any]) -> int:
-    pairs, head_dim, value_dim = _pairs(call)
-    return pairs * (3 * head_dim + 2 * value_dim)  # scores again, dQ, dK; dV, and the gradient of the scores
-
-
-def _pairs(call: dict[str, Any]) -> tuple[int, int, int]:
-    """2 x the pairs of a query and a key that see each other, in all heads; and the width of heads of q, and of v."""
-    q, k, v = call["query"], call["key"], call["value"]  # (B, H, t, E), (B, K, t', E), (B, K, t', E')
-    pairs = math.prod(q.shape[:3]) * k.shape[2]  # each of the K heads of keys serves H/K heads of queries
-    return (1 if call["is_causal"] else 2) * pairs, q.shape[3], v.shape[3]
-
-
-COUNTS: dict[Any, Callable[[dict[str, Any]], int]] = {
-    aten.mm: _product("self mat2"),
-    aten.bmm: _product("self mat2"),
-    aten.addmm: _product("mat1 mat2"),
-    aten.baddbmm: _product("batch1 batch2"),
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
-    aten._scaled_dot_product_flash_attention: _attention_forward,
-    aten._scaled_dot_product_efficient_attention: _attention_forward,
-    aten._scaled_dot_product_cudnn_attention: _attention_forward,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-    aten._scaled_dot_product_flash_attention_backward: _attention_backward,
-    aten._scaled_dot_product_efficient_attention_backward: _attention_backward,
-    aten._scaled_dot_product_cudnn_attention_backward: _attention_backward,
+COUNTS = {
+    aten.mm: _product("self", "mat2"),
+    aten.bmm: _product("self", "mat2"),
+    aten.addmm: _product("mat1", "mat2"),
+    aten.baddbmm: _product("batch1", "batch2"),
 }
+for kernel in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"):
+    operation = getattr(aten, f"_scaled_dot_product_{kernel}")
+    COUNTS[operation] = _attention(keys=1, values=1)  # scores, and their product with v
+    operation = getattr(aten, f"_scaled_dot_product_{kernel}_backward")
+    COUNTS[operation] = _attention(keys=3, values=2)  # scores again, dQ, dK; dV, and the gradient of the scores
 
 
 # ---- the record ----------------------------------------------------------------------------------------------------
@@ -161,38 +141,31 @@ def flops_section(
     """
     tokens = recipe.train.global_batch * recipe.train.seq_len
     model_flops = model_flops_per_token(recipe.model, seq_len=recipe.train.seq_len)
-    hardware_flops = None if hardware_flops_per_step is None else hardware_flops_per_step / tokens
-    definition = DEFINITION
-
-    def utilization(flops_per_token: float | None) -> float | None:
-        if flops_per_token is None or step_seconds is None or peak.flops is None:
-            return None
-        return flops_per_token * tokens / (step_seconds * recipe.world_size * peak.flops)
-
-    values = {
-        "mfu": utilization(model_flops.full),
-        "mfu_causal": utilization(model_flops.causal),
-        "hfu": utilization(hardware_flops),
-    }
-    for key in ("mfu_causal", "hfu"):
-        value = values[key]
+    section = Flops(
+        definition=DEFINITION,
+        model_flops_per_token=model_flops.full,
+        model_flops_per_token_causal=model_flops.causal,
+        hardware_flops_per_token=None if hardware_flops_per_step is None else hardware_flops_per_step / tokens,
+        peak_flops=peak.flops,
+        peak_source=peak.source,
+        matmul_ceiling_flops=matmul_ceiling_flops,
+    )
+    if step_seconds is None or peak.flops is None:
+        return section
+    possible = step_seconds * recipe.world_size * peak.flops / tokens  # FLOPs a token
+    section.mfu, section.mfu_causal = model_flops.full / possible, model_flops.causal / possible
+    if section.hardware_flops_per_token is not None:
+        section.hfu = section.hardware_flops_per_token / possible
+    for key, value in (("mfu_causal", section.mfu_causal), ("hfu", section.hfu)):
         if value is not None and value > 1:
             raise ValueError(
                 f"flops.{key} = {value:.3g}: above 1, with {step_seconds:.3g} s a step, {recipe.world_size} ranks and"
                 f" {peak.flops:.4g} FLOP/s a rank ({peak.source}); give the dense {recipe.train.dtype} peak of one"
                 " device with --peak-flops or, where it was measured, run again while nothing else does"
             )
-    if values["mfu"] is not None and values["mfu"] > 1:
+    if section.mfu > 1:
         # Half of the attention that it counts was never run: long sequences get there on honest hardware.
-        definition += f" mfu is null: with attention in full it would be {values['mfu']:.3g}, and says nothing."
-        values["mfu"] = None
-    return Flops(
-        definition=definition,
-        model_flops_per_token=model_flops.full,
-        model_flops_per_token_causal=model_flops.causal,
-        hardware_flops_per_token=hardware_flops,
-        peak_flops=peak.flops,
-        peak_source=peak.source,
-        matmul_ceiling_flops=matmul_ceiling_flops,
-        **values,
-    )
+        why = f" mfu is null: with attention in full it would be {section.mfu:.3g}, and says nothing."
+        section.definition = DEFINITION + why
+        section.mfu = None
+    return section

@@ -95,12 +95,7 @@ def peak_flops(device_name: str, dtype: str) -> Peak:
 
 
 def peak_of_rank(
-    device: torch.device,
-    dtype: str,
-    *,
-    matmul_ceiling_flops: float,
-    local_ranks: int,
-    given_flops: float | None = None,
+    device: torch.device, dtype: str, *, matmul_ceiling_flops: float, local_ranks: int, given_flops: float | None = None
 ) -> Peak:
     """The peak against which a rank on `device`, one of `local_ranks` on this host, is measured.
 

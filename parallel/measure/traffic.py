@@ -1,6 +1,6 @@
 """Traffic: what a rank sends during a step, by mesh dimension and kind of collective."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any
 
@@ -11,43 +11,22 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from parallel.mesh import JOINED
 
-NAMESPACES = ("c10d", "_c10d_functional")
 NO_PAYLOAD = ("barrier", "monitored_barrier_", "wait_tensor", "check_for_nan", "_wrap_tensor_autograd")
 
-# The operators of torch.distributed that carry data -> collective, and which argument is what this rank contributes.
-# A collective has several operators: in place or functional, into one tensor or a list, coalesced or not.
+# How the operators of a collective begin, underscores left out. It has several: in place or functional, into one tensor
+# or a list, coalesced or not.
 OPERATORS = {
-    "allreduce_": ("all_reduce", "tensors"),
-    "allreduce_coalesced_": ("all_reduce", "tensors"),
-    "all_reduce": ("all_reduce", "input"),
-    "all_reduce_": ("all_reduce", "input"),
-    "all_reduce_coalesced": ("all_reduce", "inputs"),
-    "all_reduce_coalesced_": ("all_reduce", "inputs"),
-    "_allgather_base_": ("all_gather", "input_tensor"),
-    "allgather_": ("all_gather", "input_tensors"),
-    "allgather_coalesced_": ("all_gather", "input_list"),
-    "allgather_into_tensor_coalesced_": ("all_gather", "inputs"),
-    "all_gather_into_tensor": ("all_gather", "input"),
-    "all_gather_into_tensor_out": ("all_gather", "input"),
-    "all_gather_into_tensor_coalesced": ("all_gather", "inputs"),
-    "_reduce_scatter_base_": ("reduce_scatter", "input_tensor"),
-    "reduce_scatter_": ("reduce_scatter", "input_tensors"),
-    "reduce_scatter_tensor_coalesced_": ("reduce_scatter", "inputs"),
-    "reduce_scatter_tensor": ("reduce_scatter", "input"),
-    "reduce_scatter_tensor_out": ("reduce_scatter", "input"),
-    "reduce_scatter_tensor_coalesced": ("reduce_scatter", "inputs"),
-    "alltoall_base_": ("all_to_all", "input"),
-    "all_to_all_single": ("all_to_all", "input"),
-    "broadcast_": ("broadcast", "tensors"),
-    "broadcast": ("broadcast", "input"),
-    "send": ("send", "tensors"),
-    "isend": ("send", "tensor"),
-    "recv_": ("recv", "tensors"),
-    "recv_any_source_": ("recv", "tensors"),
-    "irecv": ("recv", "tensor"),
+    "all_reduce": ("allreduce",),
+    "all_gather": ("allgather",),
+    "reduce_scatter": ("reducescatter",),
+    "all_to_all": ("alltoallbase", "alltoallsingle"),
+    "broadcast": ("broadcast",),
+    "send": ("send", "isend"),
+    "recv": ("recv", "irecv"),
 }
 
 
@@ -58,19 +37,9 @@ class TrafficLog(TorchDispatchMode):
             ...  # a step
         log.rows()  # [{"mesh_dim": "tp", "collective": "all_reduce", "calls": 34, "bytes_per_rank": 278528}, ...]
 
-    bytes_per_rank are those that this rank sends by the textbook algorithm, whatever the library does. With n bytes
-    that the rank puts in and N ranks in the group:
-
-        all_reduce      2·n·(N-1)/N    ring: a reduce-scatter, then an all-gather of the parts
-        all_gather      n·(N-1)        ring; n is the rank's part, so of the whole (N-1)/N
-        reduce_scatter  n·(N-1)/N      ring; n is the whole
-        all_to_all      n·(N-1)/N      pairwise: all but the part it keeps
-        broadcast       n on the root, 0 elsewhere: ranks pass it on in a chain, and the root sends it once
-        send, recv      n, 0
-
-    Patarasuk and Yuan 2009 (doi:10.1016/j.jpdc.2008.09.002); NCCL sends the same with its ring algorithm. Padding that
-    travels is counted. Barriers carry nothing and a group of one rank sends nothing: neither has a row. A collective
-    that is not listed here has a row with null for its bytes.
+    bytes_per_rank are those that this rank sends by the textbook algorithm (docs/measures.md), with padding. Barriers
+    carry nothing and a group of one rank sends nothing: neither has a row. What is not in OPERATORS has one with null
+    for its bytes.
 
     mesh_dim is the dimension of `mesh` (of build_mesh) whose ranks talk to each other; dimensions that act as one are
     joined ("dp_shard·cp"), "world" is all ranks where no dimension is, and "none" a group that the mesh does not know.
@@ -82,19 +51,15 @@ class TrafficLog(TorchDispatchMode):
         super().__init__()
         self._dim_of_ranks = _dim_of_ranks(mesh)
         self._dim_of_group: dict[str, str] = {}
-        self._calls: dict[tuple[str, str], int] = {}
-        self._bytes: dict[tuple[str, str], Fraction | None] = {}  # exact until the end: an N of 3 gives thirds
+        # Calls and bytes, which are exact until the end, as an N of 3 gives thirds; by dimension and collective.
+        self._sent: dict[tuple[str, str], tuple[int, Fraction | None]] = {}
 
     def rows(self) -> list[dict[str, Any]]:
         """The `traffic` of a record: {mesh_dim, collective, calls, bytes_per_rank}, sorted by the first two."""
         return [
-            {
-                "mesh_dim": dim,
-                "collective": collective,
-                "calls": calls,
-                "bytes_per_rank": None if (sent := self._bytes[dim, collective]) is None else round(sent),
-            }
-            for (dim, collective), calls in sorted(self._calls.items())
+            {"mesh_dim": dim, "collective": collective, "calls": calls}
+            | {"bytes_per_rank": None if n_bytes is None else round(n_bytes)}
+            for (dim, collective), (calls, n_bytes) in sorted(self._sent.items())
         ]
 
     def __torch_dispatch__(
@@ -102,26 +67,25 @@ class TrafficLog(TorchDispatchMode):
     ) -> Any:
         if any(issubclass(kind, DTensor | AsyncCollectiveTensor) for kind in types):
             return NotImplemented  # they turn into operators on local tensors, which come by here
-        if func.namespace in NAMESPACES:
-            names = (argument.name for argument in func._schema.arguments)
-            self._record(func._opname, dict(zip(names, args, strict=False)) | (kwargs or {}))
+        if func.namespace in ("c10d", "_c10d_functional") and func._opname not in NO_PAYLOAD:
+            self._record(func._opname, by_name(func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def _record(self, operator: str, arguments: dict[str, Any]) -> None:
-        if operator in NO_PAYLOAD:
-            return
         group = _group(arguments.get("process_group", arguments.get("group_name")))
         if group.size() == 1:
             return
-        collective, payload = OPERATORS.get(operator, (operator.strip("_"), ""))
-        key = (self._dim(group), collective)
-        self._calls[key] = self._calls.get(key, 0) + 1
-        before = self._bytes.get(key, Fraction(0))
-        if collective in SENT and before is not None:
-            n_bytes = sum(tensor.nbytes for tensor in tensors_in(arguments[payload]))
-            self._bytes[key] = before + SENT[collective](n_bytes, group, arguments)
-        else:
-            self._bytes[key] = None
+        spelt = operator.replace("_", "")
+        known = next((collective for collective, starts in OPERATORS.items() if spelt.startswith(starts)), None)
+        key = (self._dim(group), known or operator.strip("_"))
+        calls, before = self._sent.get(key, (0, Fraction(0)))
+        if known is None or before is None:
+            self._sent[key] = calls + 1, None
+            return
+        # What a rank puts in is the first argument whose name begins with input, or where there is none with tensor.
+        payload = next(arguments[name] for start in ("input", "tensor") for name in arguments if name.startswith(start))
+        n_bytes = sum(tensor.nbytes for tensor in tensors_in(payload))
+        self._sent[key] = calls + 1, before + n_bytes * _share_sent(known, group, arguments)
 
     def _dim(self, group: dist.ProcessGroup) -> str:
         name = group.group_name
@@ -130,34 +94,31 @@ class TrafficLog(TorchDispatchMode):
         return self._dim_of_group[name]
 
 
-def _all_to_all(n_bytes: int, group: dist.ProcessGroup, arguments: dict[str, Any]) -> Fraction:
-    rows = arguments["input_split_sizes"] or [1] * group.size()  # none given: equal parts
-    return n_bytes * (1 - Fraction(rows[group.rank()], max(1, sum(rows))))
+def _share_sent(collective: str, group: dist.ProcessGroup, arguments: dict[str, Any]) -> Fraction | int:
+    """How many times the bytes that this rank puts in it sends: in a ring, or of a broadcast in a chain.
+
+    Patarasuk and Yuan 2009 (doi:10.1016/j.jpdc.2008.09.002); NCCL sends the same with its ring algorithm.
+    """
+    if collective == "all_to_all":  # all but the part it keeps
+        rows = arguments["input_split_sizes"] or [1] * group.size()  # none given: equal parts
+        return 1 - Fraction(rows[group.rank()], max(1, sum(rows)))
+    if collective == "broadcast":
+        return int(group.rank() == arguments.get("root_rank", arguments.get("src")))
+    if collective in ("send", "recv"):
+        return int(collective == "send")
+    rest = Fraction(group.size() - 1, group.size())
+    return {"all_reduce": 2 * rest, "all_gather": rest * group.size(), "reduce_scatter": rest}[collective]
 
 
-def _broadcast(n_bytes: int, group: dist.ProcessGroup, arguments: dict[str, Any]) -> Fraction:
-    root = arguments.get("root_rank", arguments.get("src"))
-    return Fraction(n_bytes if group.rank() == root else 0)
+def by_name(operator: Any, args: Iterable[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call: the positions of the same ones differ between operators of a kind."""
+    defaults = {argument.name: argument.default_value for argument in operator._schema.arguments}
+    return defaults | dict(zip(defaults, args, strict=False)) | kwargs
 
 
-SENT: dict[str, Callable[[int, dist.ProcessGroup, dict[str, Any]], Fraction]] = {
-    "all_reduce": lambda n, group, _: Fraction(2 * n * (group.size() - 1), group.size()),
-    "all_gather": lambda n, group, _: Fraction(n * (group.size() - 1)),
-    "reduce_scatter": lambda n, group, _: Fraction(n * (group.size() - 1), group.size()),
-    "all_to_all": _all_to_all,
-    "broadcast": _broadcast,
-    "send": lambda n, *_: Fraction(n),
-    "recv": lambda *_: Fraction(0),
-}
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in an argument or result of an operator: a tensor, or lists of them to any depth."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _dim_of_ranks(mesh: DeviceMesh) -> dict[tuple[int, ...], str]:
