@@ -21,8 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from parallel.assemble import Assembled, assemble
 from parallel.batches import rows_of_replica
-from parallel.measure.memory import MemoryTracker, allocator_peaks, memory_section, reset_allocator_peaks
-from parallel.measure.record import CATEGORIES
+from parallel.measure.counters import Measures, fill_in
+from parallel.measure.hardware import Peak
+from parallel.measure.memory import MemoryTracker, allocator_peaks, reset_allocator_peaks
+from parallel.measure.record import CATEGORIES, Record
 from parallel.mesh import build_mesh
 from parallel.recipe import Recipe
 
@@ -357,7 +359,10 @@ def test_resident_memory_agrees_within_two_percent(mode: str, batch: int) -> Non
 
 def test_the_section_of_the_record() -> None:
     entries = [{"rank": 1, "peak_bytes": 5}, {"rank": 0, "peak_bytes": 7}]
-    assert dataclasses.asdict(memory_section(entries, step=2)) == {
+    counted = {one["rank"]: Measures(0, {"peak_bytes": one["peak_bytes"]}, [], []) for one in entries}
+    record, peak = Record(), Peak(None, "none")
+    fill_in(record, small_recipe(), counted, kinds=dict.fromkeys((0, 1), 1), step=2, peak=peak, ceiling=None, note=None)
+    assert dataclasses.asdict(record.memory) == {
         "per_rank": entries[::-1],
         "max_peak_bytes": 7,
         "min_peak_bytes": 5,

@@ -1,6 +1,7 @@
 """What one step of a rank computes, holds and sends: the same counters for a run and for a dry run."""
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,9 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from parallel.actions import Action
 from parallel.measure.flops import FlopCounter, flops_section
 from parallel.measure.hardware import Peak
-from parallel.measure.memory import UNTRACKED, MemoryTracker, allocator_peaks, memory_section, reset_allocator_peaks
-from parallel.measure.observer import Observer, Step
-from parallel.measure.record import Record
+from parallel.measure.memory import MemoryTracker, allocator_peaks, reset_allocator_peaks
+from parallel.measure.observer import Observer, Step, nested
+from parallel.measure.record import Memory, Record
 from parallel.measure.timeline import ideal_bubble
 from parallel.measure.traffic import TrafficLog
 from parallel.recipe import Recipe
@@ -60,21 +61,13 @@ class Counters(Observer):
             yield
             return
         self.number = step.number
-        self._actions = []
         reset_allocator_peaks(self._device)
-        with FlopCounter() as flops:
-            if self._compiled:
-                yield
-                memory, traffic = dict[str, Any](UNTRACKED), None
-            else:
-                with (
-                    TrafficLog(self._mesh) as log,
-                    MemoryTracker(self._parameters, self._optimizer, device=self._device) as tracker,
-                ):
-                    yield
-                memory, traffic = tracker.peak(), log.rows()
-        peaks = {**memory, **allocator_peaks(self._device)}
-        self.measures = Measures(flops.flops, peaks, traffic, self._actions)
+        log, tracker = TrafficLog(self._mesh), MemoryTracker(self._parameters, self._optimizer, device=self._device)
+        with FlopCounter() as flops, nested([] if self._compiled else [log, tracker]):
+            yield
+        memory = dict.fromkeys(tracker.peak()) if self._compiled else tracker.peak()
+        traffic = None if self._compiled else log.rows()
+        self.measures = Measures(flops.flops, {**memory, **allocator_peaks(self._device)}, traffic, self._actions)
 
     def around(self, action: Action) -> contextlib.AbstractContextManager[None]:
         if self._left == 0 and self._actions[-1:] != [action]:  # a loss goes on with the last stage's forward
@@ -100,27 +93,24 @@ def fill_in(
     of the fastest product measured there. The record's step seconds, if it has any, are those of MFU and HFU.
     """
     complete = kinds.keys() <= counted.keys()
-
-    def flops(peak: Peak) -> None:
-        record.flops = flops_section(
-            recipe,
-            hardware_flops_per_step=sum(n * counted[rank].flops for rank, n in kinds.items()) if complete else None,
-            step_seconds=record.throughput.step_seconds.median,
-            peak=peak,
-            matmul_ceiling_flops=ceiling,
-        )
-
-    try:
-        flops(peak)
-    except ValueError as error:  # more ran than the peak allows: then no share of it is worth a number
-        flops(Peak(None, str(error)))
-    if not counted or step is None:
-        return
-    record.memory = memory_section(
-        [{"rank": rank, **one.memory} for rank, one in counted.items()], step=step, note=note
+    flops = functools.partial(
+        flops_section,
+        recipe,
+        hardware_flops_per_step=sum(n * counted[rank].flops for rank, n in kinds.items()) if complete else None,
+        step_seconds=record.throughput.step_seconds.median,
+        matmul_ceiling_flops=ceiling,
     )
-    if not complete:
-        record.memory.max_peak_bytes = record.memory.min_peak_bytes = None
+    try:
+        record.flops = flops(peak=peak)
+    except ValueError as error:  # more ran than the peak allows: then no share of it is worth a number
+        record.flops = flops(peak=Peak(None, str(error)))
+    if not counted:
+        return
+    per_rank = [{"rank": rank, **one.memory} for rank, one in sorted(counted.items())]
+    record.memory = Memory(per_rank=per_rank, step=step, note=note)
+    peaks = [one["peak_bytes"] for one in per_rank]
+    if complete and None not in peaks:
+        record.memory.max_peak_bytes, record.memory.min_peak_bytes = max(peaks), min(peaks)
     record.traffic = largest_traffic([one.traffic for one in counted.values()])
     orders = {frozenset(action.stage for action in one.actions): one.actions for one in counted.values() if one.actions}
     if sum(map(len, orders)) == recipe.n_stages > 1:  # of every rank of the pipeline
@@ -133,8 +123,6 @@ def largest_traffic(of_ranks: Sequence[list[dict[str, Any]] | None]) -> list[dic
     if len(known) < len(of_ranks):
         return None
     largest: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in itertools.chain(*known):
-        key = (row["mesh_dim"], row["collective"])
-        if key not in largest or (row["bytes_per_rank"] or 0) > (largest[key]["bytes_per_rank"] or 0):
-            largest[key] = row
+    for row in sorted(itertools.chain(*known), key=lambda row: row["bytes_per_rank"] or 0, reverse=True):
+        largest.setdefault((row["mesh_dim"], row["collective"]), row)
     return [row for _, row in sorted(largest.items())]

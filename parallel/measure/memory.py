@@ -14,21 +14,18 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
-from parallel.measure.record import CATEGORIES, Memory
+from parallel.measure.record import CATEGORIES
 from parallel.measure.traffic import tensors_in
 from parallel.mesh import local_part
 from parallel.torch_private import wrapped_storages
 
 aten = torch.ops.aten
 WRAPPERS = (DTensor, AsyncCollectiveTensor)  # their operators work on the tensors inside, which hold the memory
-wait_tensor = torch.ops._c10d_functional.wait_tensor.default
-prim_device = torch.ops.prim.device.default
 
 
 class _Storage(weakref.ref[torch.UntypedStorage]):
     """Memory that tensors share, held weakly: its size now, and what it is."""
 
-    __slots__ = ("category", "key", "nbytes")
     category: str
     key: int
     nbytes: int
@@ -41,26 +38,18 @@ class MemoryTracker(TorchDispatchMode):
             ...  # a step
         tracker.peak()  # {"peak_bytes": ..., "parameters_bytes": ..., ...}
 
-    A storage counts once however many tensors view it, at the bytes it has at that moment. Each is one of these, for
-    the whole of its life, by what it is or comes to be:
+    Each storage belongs to one category for the whole of its life, by what it is or comes to be (docs/measures.md):
 
         parameters   a parameter's local part: tied weights once, an FSDP shard with its padding
         gradients    the .grad of a parameter: at entry, when the optimizer steps, or at exit. Gradient buckets too
         optimizer    the optimizer's state
-        other        weights that FSDP gathered; gradients not yet added or scattered into .grad; what a receive or an
-                     in-place collective writes to; temporaries of the optimizer's step; what was there before the
-                     region, such as tables of rotary positions
-        activations  the rest of what the region makes: inputs, results of layers (whether kept for backward, computed
-                     again in it, or about to be freed), weights cast to the type of the computation, results of
-                     functional collectives, gradients with respect to all these, losses and norms; where a pipeline
-                     splits backward, gradients of weights not yet added, too
+        other        what FSDP gathers or scatters; gradients not yet added into .grad; what a receive or an in-place
+                     collective writes to; temporaries of the optimizer's step; what was there before the region
+        activations  the rest of what the region makes; where a pipeline splits backward, gradients of weights not yet
+                     added, too
 
-    The five add up to the peak. A storage older than the region is counted from entry on if it belongs to a parameter,
-    a gradient or the optimizer, or if an operator of the region uses it; others are nobody's business here.
-
-    Not in the figure: what a kernel takes and frees inside itself, the communication library's own buffers (gloo does a
-    reduce-scatter in a copy of its input), the allocator's rounding, fragmentation and what it holds back for another
-    stream, and tensors on other devices than `device`.
+    A storage older than the region is counted from entry on if it belongs to a parameter, a gradient or the optimizer,
+    or if an operator of the region uses it; others are nobody's business here.
 
     Works on real tensors and on FakeTensors, where the same step gives the same figures. Enter it after a
     FakeTensorMode. The cost is linear in the number of operators.
@@ -72,14 +61,12 @@ class MemoryTracker(TorchDispatchMode):
         super().__init__()
         self._parameters, self._optimizer, self._device = list(parameters), optimizer, device
         self._live: dict[int, _Storage] = {}
-        self._older: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._older: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
         self._freed: deque[_Storage] = deque()  # a storage may die on any thread, and append is atomic
         self._at_entry: list[tuple[_Storage, int]] = []
         self._changes: list[tuple[_Storage, int]] = []  # in time: bytes that a storage gained or lost
-        self._made = "activations"
         self._shapes_only = False
-        self._hooks: list[Any] = []
-        self._patches = contextlib.ExitStack()
+        self._watching = contextlib.ExitStack()
 
     def peak(self) -> dict[str, int]:
         """peak_bytes, and parameters_bytes, gradients_bytes, ... at the moment of the first peak. After exit."""
@@ -95,41 +82,39 @@ class MemoryTracker(TorchDispatchMode):
         return {"peak_bytes": largest} | {f"{category}_bytes": nbytes for category, nbytes in split.items()}
 
     def __enter__(self) -> "MemoryTracker":
-        self._older = {storage._cdata: weakref.ref(storage) for storage in _storages_of_python()}
+        self._older = weakref.WeakSet(_storages_of_python())
         self._identify()
         if self._optimizer is not None:
-            self._hooks = [
-                self._optimizer.register_step_pre_hook(lambda *_: self._before_optimizer()),
-                self._optimizer.register_step_post_hook(lambda *_: self._after_optimizer()),
-            ]
-        self._patches.enter_context(wrapped_storages(resize=self._resizing, propagate=self._propagating))
+            before = self._optimizer.register_step_pre_hook(lambda *_: self._identify(made="other"))
+            after = self._optimizer.register_step_post_hook(lambda *_: self._identify())
+            self._watching.callback(before.remove)
+            self._watching.callback(after.remove)
+        self._watching.enter_context(wrapped_storages(resize=self._resizing, propagate=self._propagating))
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        self._patches.close()
-        for hook in self._hooks:
-            hook.remove()
+        self._watching.close()
         self._identify()
-        self._bury()
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if any(issubclass(kind, WRAPPERS) for kind in types):
             return NotImplemented
-        if func is prim_device:
+        if func is torch.ops.prim.device.default:
             return func(*args)  # of a FakeTensor autograd asks it, to check gradients; it allocates nothing
-        if func is wait_tensor and isinstance(args[0], FakeTensor):
+        if func is torch.ops._c10d_functional.wait_tensor.default and isinstance(args[0], FakeTensor):
             return args[0]  # on FakeTensors it would make a new one; on real ones it gives back what it was given
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         if self._shapes_only:
             return result
         self._bury()
         # torch.tensor makes its storage out of sight, and then shows it to lift_fresh.
         made = func in (aten.lift_fresh.default, aten.lift.default)
-        inputs = [self._see(tensor, made=made) for tensor in tensors_in((*args, *(kwargs or {}).values()))]
+        inputs = [self._see(tensor, made=made) for tensor in tensors_in((args, kwargs))]
         outputs = [self._see(tensor, made=True) for tensor in tensors_in(result)]
         node = torch._C._current_autograd_node()
         if func.namespace == "fsdp" or (node is not None and node.name() == "torch::autograd::AccumulateGrad"):
@@ -152,20 +137,16 @@ class MemoryTracker(TorchDispatchMode):
         storage = tensor.untyped_storage()
         known = self._live.get(storage._cdata)
         if known is None:
-            older = self._older.get(storage._cdata)
-            existed = older is not None and older() is not None  # else the address is used anew
-            known = self._add(storage, existed=existed, foreign=not existed and not made)
+            known = self._add(storage, self._made if made else "foreign", existed=storage in self._older)
         self._set_size(known, storage.nbytes())
         return known
 
-    def _add(self, storage: torch.UntypedStorage, *, existed: bool, foreign: bool = False) -> _Storage:
+    def _add(self, storage: torch.UntypedStorage, category: str, *, existed: bool) -> _Storage:
         new = _Storage(storage, self._freed.append)
-        new.key, new.nbytes, new.category = storage._cdata, 0, self._made
+        new.key, new.nbytes, new.category = storage._cdata, 0, category
         self._live[new.key] = new
-        if foreign:
-            new.category = "foreign"
-        elif existed:
-            new.category, new.nbytes = "other", storage.nbytes()
+        if existed:
+            new.nbytes, new.category = storage.nbytes(), "other"
             self._at_entry.append((new, new.nbytes))
         return new
 
@@ -182,7 +163,9 @@ class MemoryTracker(TorchDispatchMode):
             del self._live[storage.key]
 
     @torch.no_grad()  # then a DTensor's local part is its own, not a view that an operator makes
-    def _identify(self) -> None:
+    def _identify(self, made: str = "activations") -> None:
+        """Finds the category of what has one for good. made: that of what is made from here on, until it shows."""
+        self._made = made
         self._bury()
         states = self._optimizer.state.values() if self._optimizer is not None else ()
         tensors: dict[str, Sequence[Tensor]] = {
@@ -196,20 +179,12 @@ class MemoryTracker(TorchDispatchMode):
                 if storage is not None:
                     storage.category = category
 
-    def _before_optimizer(self) -> None:
-        self._identify()
-        self._made = "other"
-
-    def _after_optimizer(self) -> None:
-        self._identify()
-        self._made = "activations"
-
     # ---- what no dispatch mode sees ----
 
     def _resizing(self, resize_: Callable[..., Any]) -> Callable[..., Any]:
         def resize(storage: torch.UntypedStorage, nbytes: int) -> Any:
             self._bury()
-            known = self._live.get(storage._cdata) or self._add(storage, existed=True)
+            known = self._live.get(storage._cdata) or self._add(storage, "other", existed=True)
             result = resize_(storage, nbytes)
             self._set_size(known, storage.nbytes())
             _make_other([known])
@@ -219,11 +194,11 @@ class MemoryTracker(TorchDispatchMode):
 
     def _propagating(self, propagate_: Callable[..., Any]) -> Callable[..., Any]:
         def propagate(*args: Any) -> Any:
-            before, self._shapes_only = self._shapes_only, True
+            self._shapes_only = True
             try:
                 return propagate_(*args)
             finally:
-                self._shapes_only = before
+                self._shapes_only = False
 
         return propagate
 
@@ -262,22 +237,3 @@ def allocator_peaks(device: torch.device) -> dict[str, int | None]:
         "allocator_peak_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
         "allocator_reserved_peak_bytes": torch.cuda.max_memory_reserved(device) if cuda else None,
     }
-
-
-UNTRACKED: dict[str, None] = dict.fromkeys(f"{name}_bytes" for name in ("peak", *CATEGORIES))  # as MemoryTracker.peak
-
-
-def memory_section(per_rank: Sequence[dict[str, Any]], *, step: int, note: str | None = None) -> Memory:
-    """From one entry per observed rank: {"rank": ..., **tracker.peak(), ...}. step: the one that was observed.
-
-    note: what a reader must know.
-    """
-    peaks = [entry["peak_bytes"] for entry in per_rank]
-    known = bool(peaks) and None not in peaks
-    return Memory(
-        per_rank=sorted(per_rank, key=lambda entry: entry["rank"]),
-        max_peak_bytes=max(peaks) if known else None,
-        min_peak_bytes=min(peaks) if known else None,
-        step=step,
-        note=note,
-    )

@@ -40,7 +40,7 @@ class Observer:
 
 
 @contextlib.contextmanager
-def nested(contexts: Iterable[AbstractContextManager[None]]) -> Iterator[None]:
+def nested(contexts: Iterable[AbstractContextManager[object]]) -> Iterator[None]:
     """Within all of `contexts`, entered in their order."""
     with contextlib.ExitStack() as stack:
         for context in contexts:
