@@ -43,12 +43,8 @@ class Journal(Observer):
     @contextlib.contextmanager
     def step(self, step: Step) -> Iterator[None]:
         yield
-        row = {
-            "step": step.number,
-            "loss": step.loss.item(),
-            "grad_norm": step.grad_norm.item(),
-            "seconds": step.seconds,
-        }
+        loss, norm = step.loss.item(), step.grad_norm.item()
+        row = {"step": step.number, "loss": loss, "grad_norm": norm, "seconds": step.seconds}
         if dist.get_rank() == 0:
             with self._path.open("a") as file:
                 file.write(json.dumps(finite(row)) + "\n")

@@ -4,9 +4,9 @@ Both sides compute in float64 whatever the recipe trains in, so that rounding ca
 or a dropped token. Losses alone prove nothing: AdamW divides a gradient by its own size.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ TOLERANCE = 1e-10  # what float64 gives is near 1e-15
 MAX_REFERENCE_FLOPS = 2e12  # one step of one process in float64: some 20 s on one core
 
 
-@dataclasses.dataclass
+@dataclass
 class Reference:
     """What one process computes: the mean loss of the global batch and its gradient, by parameter name."""
 
@@ -43,32 +43,20 @@ def parity_recipe(recipe: Recipe) -> tuple[Recipe, str]:
     model, parallel = recipe.model, recipe.parallel
     in_pieces = parallel.cp > 1 and recipe.context.zigzag
     plain = recipe.train.compile == "inductor" and not in_pieces
-    train = dataclasses.replace(recipe.train, dtype="float64", attention="math" if plain else "auto")
-    proof = dataclasses.replace(recipe, train=train)
+    train = replace(recipe.train, dtype="float64", attention="math" if plain else "auto")
     matrices = model.n_layers * model.block_matrices + model.vocab_size * model.d_model
     if 6 * matrices * train.global_batch * train.seq_len <= MAX_REFERENCE_FLOPS:
-        return proof, "one process, same model and batch"
+        return replace(recipe, train=train), "one process, same model and batch"
     layers = min(model.n_layers, recipe.n_stages + (model.n_layers % recipe.n_stages > 0))
+    width, vocabulary = 8 * model.n_heads, min(model.vocab_size, 64 * parallel.tp + model.vocab_size % parallel.tp)
+    model = replace(model, preset="none", n_layers=layers, d_model=width, d_ff=16 * parallel.tp, vocab_size=vocabulary)
     positions = 2 * parallel.cp * parallel.tp
-    small_model = dataclasses.replace(
-        model,
-        preset="none",
-        n_layers=layers,
-        d_model=8 * model.n_heads,
-        d_ff=16 * parallel.tp,
-        vocab_size=min(model.vocab_size, 64 * parallel.tp + model.vocab_size % parallel.tp),
-    )
-    n_microbatches = min(recipe.n_microbatches, max(2 * parallel.pp, 2))
-    small_train = dataclasses.replace(
-        train,
-        seq_len=positions * max(1, math.ceil(16 / positions)),
-        global_batch=recipe.replicas * n_microbatches,
-        micro_batch=1,
-    )
-    data = dataclasses.replace(recipe.data, source="synthetic")
-    small = dataclasses.replace(recipe, model=small_model, train=small_train, data=data)
-    shape = f"{layers} layers, d_model {small_model.d_model}, seq_len {small_train.seq_len}"
-    return small, f"one process, same layout on a smaller model ({shape}): the whole is too large for one process"
+    seq_len = positions * max(1, math.ceil(16 / positions))
+    batch = recipe.replicas * min(recipe.n_microbatches, max(2 * parallel.pp, 2))
+    train = replace(train, seq_len=seq_len, global_batch=batch, micro_batch=1)
+    shape = f"{layers} layers, d_model {width}, seq_len {seq_len}"
+    words = f"one process, same layout on a smaller model ({shape}): the whole is too large for one process"
+    return replace(recipe, model=model, train=train, data=replace(recipe.data, source="synthetic")), words
 
 
 def reference_gradients(recipe: Recipe, tokens: Tensor, targets: Tensor) -> Reference:
@@ -94,7 +82,6 @@ def compare_with_reference(
     Returns on rank 0 {max_rel_grad_diff, max_abs_loss_diff}; None elsewhere. The difference is infinite where a
     parameter, or a part of one, has no gradient on any rank.
     """
-    rank = dist.get_rank()
     shapes = [{name: tuple(g.shape) for name, g in reference.gradients.items()} if reference else None]
     dist.broadcast_object_list(shapes, src=0, device=device)
     assert shapes[0] is not None
@@ -108,15 +95,14 @@ def compare_with_reference(
             difference = local_part(mine) - slice_like(whole, mine)
             parts[name].append((_which_part(mine), difference.numel(), difference.square().sum().item()))
     of_ranks = gathered((loss, parts))
-    if rank != 0 or reference is None:
+    if reference is None:
         return None
-    return {
-        "max_rel_grad_diff": max(
-            _relative_difference(gradient, [part for _, theirs in of_ranks for part in theirs.get(name, [])])
-            for name, gradient in reference.gradients.items()
-        ),
-        "max_abs_loss_diff": max(abs(theirs - reference.loss) for theirs, _ in of_ranks),
-    }
+    relative_differences = [
+        _relative_difference(gradient, [part for _, theirs in of_ranks for part in theirs[name]])
+        for name, gradient in reference.gradients.items()
+    ]
+    loss_difference = max(abs(theirs - reference.loss) for theirs, _ in of_ranks)
+    return {"max_rel_grad_diff": max(relative_differences), "max_abs_loss_diff": loss_difference}
 
 
 def _which_part(gradient: Tensor) -> tuple[tuple[str, int], ...]:
@@ -124,12 +110,8 @@ def _which_part(gradient: Tensor) -> tuple[tuple[str, int], ...]:
     if not isinstance(gradient, DTensor):
         return ()
     mesh = gradient.device_mesh
-    assert mesh.mesh_dim_names is not None
-    return tuple(
-        (name, mesh.get_local_rank(i))
-        for i, name in enumerate(mesh.mesh_dim_names)
-        if split_dim(gradient, i) is not None
-    )
+    dims = enumerate(mesh.mesh_dim_names or ())
+    return tuple((name, mesh.get_local_rank(i)) for i, name in dims if split_dim(gradient, i) is not None)
 
 
 def _relative_difference(gradient: Tensor, parts: list[tuple[Any, int, float]]) -> float:

@@ -1,8 +1,4 @@
-"""Where the seconds of a step go, and when each action of the pipeline ran.
-
-communication    exposed: the rank waits for others or their bytes, and computes nothing meanwhile
-idle             in the pipeline: some rank works on a microbatch, this one on none
-compute          the rest: kernels, and Python between them
+"""Where the seconds of a step go, in the parts of docs/measures.md, and when each action of the pipeline ran.
 
 A rank on a CPU computes and waits on one thread, so that its waits are clocked where they are. On CUDA the host does
 not wait where the device does: there the parts come from a trace of the device (`parts_of_trace`).
@@ -30,13 +26,15 @@ from parallel.torch_private import wrapped_waits
 OBSERVED_STEPS = 100  # the last ones, so that a run of a million steps keeps no more than these
 UNITS = {"forward": 1, "backward": 2, "backward_input": 1, "backward_weight": 1}  # of time, in the ideal
 
+Interval = tuple[float, float]
+
 
 @dataclass
 class _Step:
     number: int = 0
     seconds: float = 0.0
     actions: list[tuple[Action, Any, Any]] = field(default_factory=list)  # with start and end: times, or CUDA events
-    waits: list[tuple[float, float]] = field(default_factory=list)
+    waits: list[Interval] = field(default_factory=list)
 
 
 class Timeline(Observer):
@@ -57,16 +55,14 @@ class Timeline(Observer):
     @contextlib.contextmanager
     def step(self, step: Step) -> Iterator[None]:
         self._step = _Step(step.number)
-        self._began = time.time()
-        if self._on_cuda:
-            self._base = _event()
+        began, base = time.time(), self._now()
         with wrapped_waits(self._clocked) if self._clocks_waits else contextlib.nullcontext():
             yield
         self._step.seconds = step.seconds
         if self._on_cuda:  # and the clock has waited for it
-            self._step.actions = [
-                (action, self._time_of(start), self._time_of(end)) for action, start, end in self._step.actions
-            ]
+            for i, (action, *events) in enumerate(self._step.actions):
+                start, end = (began + base.elapsed_time(event) / 1e3 for event in events)
+                self._step.actions[i] = (action, start, end)
         self._steps.append(self._step)
 
     def _clocked(self, wait: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,22 +91,18 @@ class Timeline(Observer):
         record.pipeline.bubble_fraction, record.pipeline.timeline = times["bubble_fraction"], times["timeline"]
 
     def _now(self) -> Any:
-        return _event() if self._on_cuda else time.time()
-
-    def _time_of(self, event: torch.cuda.Event) -> float:
-        return self._began + self._base.elapsed_time(event) / 1e3
+        if not self._on_cuda:
+            return time.time()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def sections(self, *, steps: Sequence[int]) -> dict[str, Any]:
-        """Of that one of `steps` which is of median length: {step_parts, bubble_fraction, timeline}, or nulls.
-
-        Collective. step_parts: {compute_seconds, communication_seconds, idle_seconds}, the mean over ranks; they add
-        up to the step. bubble_fraction: of the time from the first action to the last, the part that ranks idle.
-        timeline: the actions of one pipeline, {rank, stage, microbatch, action, start_seconds, end_seconds}.
-        """
-        wanted = set(steps)
-        kept = [step for step in self._steps if step.number in wanted]
+        """{step_parts, bubble_fraction, timeline} of that one of `steps` which is of median length. Collective."""
+        sections: dict[str, Any] = dict.fromkeys(("step_parts", "bubble_fraction", "timeline"))
+        kept = [step for step in self._steps if step.number in steps]
         if not kept:
-            return dict.fromkeys(("step_parts", "bubble_fraction", "timeline"))
+            return sections
         seconds: list[float] = gathered([step.seconds for step in kept])[0]
         step = kept[seconds.index(statistics.median_low(seconds))]
         busy = [(start, end) for _, start, end in step.actions]
@@ -121,7 +113,7 @@ class Timeline(Observer):
         waits = union(step.waits)  # one may wait within another
         waited = length(waits) - _overlap(waits, [window]) + _overlap(waits, busy)
         parts = gathered((step.seconds - idle - waited, waited, idle) if self._clocks_waits else None)
-        sections: dict[str, Any] = {"step_parts": mean_parts(parts), "bubble_fraction": None, "timeline": None}
+        sections["step_parts"] = mean_parts(parts)
         if times:
             sections["bubble_fraction"] = 1 - sum(map(length, busy_of_ranks)) / (len(parts) * length([window]))
             sections["timeline"] = self._rows(step)
@@ -148,15 +140,6 @@ def mean_parts(of_ranks: Sequence[tuple[float, float, float] | None]) -> dict[st
         return None
     keys = ("compute_seconds", "communication_seconds", "idle_seconds")
     return {key: statistics.fmean(values) for key, values in zip(keys, zip(*known, strict=True), strict=True)}
-
-
-def _event() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-Interval = tuple[float, float]
 
 
 def length(intervals: Iterable[Interval]) -> float:
@@ -188,30 +171,26 @@ def ideal_bubble(orders: Sequence[Sequence[Action]]) -> float:
     A forward takes one unit, a backward two, each half of a split backward one: the usual model (arXiv:2401.10241).
     An action starts when the rank is done with the one before, and the neighbouring stage with what it needs from it.
     """
-    n_stages = 1 + max(action.stage for order in orders for action in order)
+    last = max(action.stage for order in orders for action in order)
+    queues, clocks = [deque(order) for order in orders], [0] * len(orders)
     done: dict[Action, int] = {}  # when
-    clocks, positions = [0] * len(orders), [0] * len(orders)
-    while any(position < len(order) for position, order in zip(positions, orders, strict=True)):
-        before = sum(positions)
-        for rank, order in enumerate(orders):
-            while positions[rank] < len(order):
-                action = order[positions[rank]]
-                ready = _ready(action, done, n_stages)
-                if ready is None:
-                    break
-                clocks[rank] = done[action] = max(clocks[rank], ready) + UNITS[action.name]
-                positions[rank] += 1
-        assert sum(positions) > before, "an order in which every rank waits for another"
+    while any(queues):
+        ready = {rank: _ready(queue[0], done, last) for rank, queue in enumerate(queues) if queue}
+        assert set(ready.values()) != {None}, "an order in which every rank waits for another"
+        for rank, when in ready.items():
+            if when is not None:
+                action = queues[rank].popleft()
+                clocks[rank] = done[action] = max(clocks[rank], when) + UNITS[action.name]
     busy = sum(UNITS[action.name] for action in done)
     return 1 - busy / (len(orders) * max(clocks))
 
 
-def _ready(action: Action, done: Mapping[Action, int], n_stages: int) -> int | None:
-    """When the neighbouring stage has done what `action` needs; None if it has not."""
+def _ready(action: Action, done: Mapping[Action, int], last: int) -> int | None:
+    """When the stage beside it, of stages 0 to `last`, has done what `action` needs; None if it has not."""
     name, stage, microbatch = action
-    if name == "backward_weight" or (stage == 0 and name == "forward") or (stage == n_stages - 1 and name != "forward"):
+    if name == "backward_weight" or (stage == 0 and name == "forward") or (stage == last and name != "forward"):
         return 0  # this rank's own earlier actions are enough
     if name == "forward":
-        return done.get(Action("forward", stage - 1, microbatch))
-    later = (done.get(Action(half, stage + 1, microbatch)) for half in ("backward", "backward_input"))
-    return next((when for when in later if when is not None), None)
+        return done.get(Action(name, stage - 1, microbatch))
+    in_one, in_two = (Action(half, stage + 1, microbatch) for half in ("backward", "backward_input"))
+    return done.get(in_one, done.get(in_two))

@@ -44,19 +44,17 @@ class Trace(Observer):
 
 
 def parts_of_trace(path: Path) -> tuple[float, float, float] | None:
-    """Compute, exposed communication and idle seconds of the step in a trace of traced_step; None without a GPU.
+    """Compute, exposed communication and idle seconds of the step in a trace of Trace; None without a GPU.
 
-    Compute is the time in which any kernel runs that is not NCCL's. Of the rest, NCCL's collectives are exposed
-    communication, and all else is idle: a pipeline's messages, which are NCCL's sends and receives, and the host.
+    NCCL's kernels are communication, but for its sends and receives: those are a pipeline's, and idle.
     """
     with gzip.open(path, "rt", encoding="utf-8") as file:
         events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
     kernels = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     if not kernels:
         return None
-    step = next(
-        event for event in events if event["name"].startswith("step ") and event.get("cat") == "user_annotation"
-    )
+    spans = [event for event in events if event.get("cat") == "user_annotation"]
+    step = next(span for span in spans if span["name"].startswith("step "))
     compute, collectives = [], []
     for kernel in kernels:
         start = max(kernel["ts"], step["ts"])
@@ -65,7 +63,5 @@ def parts_of_trace(path: Path) -> tuple[float, float, float] | None:
             compute.append(interval)
         elif "SendRecv" not in kernel["name"]:
             collectives.append(interval)
-    compute = union(compute)
-    compute_us, either_us = length(compute), length(union([*compute, *collectives]))
-    parts = compute_us, either_us - compute_us, max(0.0, step["dur"] - either_us)
-    return parts[0] / 1e6, parts[1] / 1e6, parts[2] / 1e6
+    compute_us, either_us = length(union(compute)), length(union(compute + collectives))
+    return compute_us / 1e6, (either_us - compute_us) / 1e6, max(0.0, step["dur"] - either_us) / 1e6
