@@ -313,9 +313,7 @@ PEAK = Peak(1e12, "made up")
 
 
 def section(recipe: Recipe | None = None, **values: Any) -> dict[str, Any]:
-    defaults: dict[str, Any] = dict(
-        hardware_flops_per_step=400_000_000, step_seconds=0.001, peak=PEAK, matmul_ceiling_flops=8e11
-    )
+    defaults: dict[str, Any] = dict(hardware_flops=400_000_000, step_seconds=0.001, peak=PEAK, ceiling=8e11)
     return dataclasses.asdict(flops_section(recipe or small_recipe(parallel=dict(dp_shard=4)), **defaults | values))
 
 
@@ -346,10 +344,10 @@ def test_section_has_the_keys_of_the_record() -> None:
 @pytest.mark.parametrize(
     ("missing", "null"),
     [
-        (dict(hardware_flops_per_step=None), {"hardware_flops_per_token", "hfu"}),
+        (dict(hardware_flops=None), {"hardware_flops_per_token", "hfu"}),
         (dict(step_seconds=None), {"mfu", "mfu_causal", "hfu"}),
         (dict(peak=Peak(None, "unknown; give --peak-flops")), {"mfu", "mfu_causal", "hfu", "peak_flops"}),
-        (dict(matmul_ceiling_flops=None), {"matmul_ceiling_flops"}),
+        (dict(ceiling=None), {"matmul_ceiling_flops"}),
     ],
 )
 def test_what_was_not_measured_is_null(missing: dict[str, Any], null: set[str]) -> None:
@@ -360,7 +358,7 @@ def test_utilizations_above_one_are_refused() -> None:
     with pytest.raises(ValueError, match=r"flops.hfu = 4: .* 4 ranks and 2.5e\+10 FLOP/s .*made up.*--peak-flops"):
         section(peak=Peak(25e9, "made up"))
     with pytest.raises(ValueError, match=r"flops.mfu_causal = 1\.\d+: "):
-        section(hardware_flops_per_step=None, step_seconds=5e-6)
+        section(hardware_flops=None, step_seconds=5e-6)
 
 
 def test_a_long_sequence_takes_mfu_above_one_and_it_is_null() -> None:
@@ -369,6 +367,6 @@ def test_a_long_sequence_takes_mfu_above_one_and_it_is_null() -> None:
         model={"preset": "llama3-8b", **PRESETS["llama3-8b"]}, train=dict(seq_len=131072, global_batch=1)
     )
     causal = model_flops_per_token(recipe.model, seq_len=131072).causal
-    result = section(recipe, step_seconds=causal * 131072 / 1e12 / 0.65, hardware_flops_per_step=None)
+    result = section(recipe, step_seconds=causal * 131072 / 1e12 / 0.65, hardware_flops=None)
     assert result["mfu_causal"] == pytest.approx(0.65)
     assert result["mfu"] is None and "mfu is null: with attention in full it would be 1.1" in result["definition"]

@@ -68,15 +68,13 @@ class Clock(Observer):
 
     def _now(self) -> tuple[float, float]:
         """Wall seconds, and CPU seconds of all threads of this process."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        torch.get_device_module(self._device).synchronize(self._device)
         return time.perf_counter(), sum(os.times()[:2])
 
 
 def spread(seconds: Sequence[float]) -> Spread:
     """Median, 10th and 90th percentile; null where nothing was measured, or a single step gives no spread."""
-    median = statistics.median(seconds) if seconds else None
     if len(seconds) < 2:
-        return Spread(median=median)
+        return Spread(median=seconds[0] if seconds else None)
     tenths = statistics.quantiles(seconds, n=10, method="inclusive")
-    return Spread(median=median, p10=tenths[0], p90=tenths[-1])
+    return Spread(median=statistics.median(seconds), p10=tenths[0], p90=tenths[-1])

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -93,13 +92,9 @@ def fill_in(
     of the fastest product measured there. The record's step seconds, if it has any, are those of MFU and HFU.
     """
     complete = kinds.keys() <= counted.keys()
-    flops = functools.partial(
-        flops_section,
-        recipe,
-        hardware_flops_per_step=sum(n * counted[rank].flops for rank, n in kinds.items()) if complete else None,
-        step_seconds=record.throughput.step_seconds.median,
-        matmul_ceiling_flops=ceiling,
-    )
+    executed = sum(n * counted[rank].flops for rank, n in kinds.items()) if complete else None
+    seconds = record.throughput.step_seconds.median
+    flops = functools.partial(flops_section, recipe, hardware_flops=executed, step_seconds=seconds, ceiling=ceiling)
     try:
         record.flops = flops(peak=peak)
     except ValueError as error:  # more ran than the peak allows: then no share of it is worth a number
@@ -119,10 +114,10 @@ def fill_in(
 
 def largest_traffic(of_ranks: Sequence[list[dict[str, Any]] | None]) -> list[dict[str, Any]] | None:
     """The `traffic` of a record: of each kind of message, the row of the rank that sends most."""
-    known = [rows for rows in of_ranks if rows is not None]
-    if len(known) < len(of_ranks):
+    if None in of_ranks:
         return None
+    rows = [row for of_rank in of_ranks for row in of_rank or []]
     largest: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in sorted(itertools.chain(*known), key=lambda row: row["bytes_per_rank"] or 0, reverse=True):
+    for row in sorted(rows, key=lambda row: row["bytes_per_rank"] or 0, reverse=True):
         largest.setdefault((row["mesh_dim"], row["collective"]), row)
     return [row for _, row in sorted(largest.items())]

@@ -1,10 +1,6 @@
 """FLOPs: what a model needs, what a step executed, and both over what the hardware could do.
 
-model FLOPs      from the shape alone: 6 x (matrix weights a token meets) + attention. A layout cannot change them.
-hardware FLOPs   what ran, operation by operation: recomputation is in, what was skipped is not.
-
-One multiplication and one addition are 2 FLOPs; only matrix products count, as everywhere in the literature.
-docs/measures.md derives each formula.
+docs/measures.md derives each formula. One multiplication and one addition are 2 FLOPs; only matrix products count.
 """
 
 import math
@@ -40,12 +36,7 @@ class ModelFlops(NamedTuple):
 
 
 def model_flops_per_token(model: Model, *, seq_len: int) -> ModelFlops:
-    """What training on one token of a sequence of `seq_len` takes, in any layout and with any implementation.
-
-    Backward costs twice the forward: for each product one for the gradient of either factor. Attention is two
-    products of n_heads x head_dim = d_model numbers for each pair of tokens; grouping key heads does not change that.
-    PaLM, arXiv:2204.02311, appendix B.
-    """
+    """What training on one token of a sequence of `seq_len` takes, in any layout (PaLM, arXiv:2204.02311, app. B)."""
     # Tied or not, the output projection is a product.
     weights = model.n_layers * model.block_matrices + model.vocab_size * model.d_model
     pairs = model.n_layers * model.d_model * seq_len
@@ -63,8 +54,8 @@ class FlopCounter(TorchDispatchMode):
         counter.flops
 
     Works on real and on fake tensors, and through backward: autograd hands modes on to the threads of its devices. Of
-    a DTensor operation the part that this rank computes is counted (but torch tries a new product of DTensors on fake
-    tensors first, and that counts too; there is none in this lab). Operations not in COUNTS below count zero.
+    a DTensor operation this rank's part is counted (and a new product of DTensors, of which this lab has none, once
+    more, for torch first tries it on fake tensors). Operations not in COUNTS below count zero.
     """
 
     supports_higher_order_operators = True  # torch.compile wraps some operations in these
@@ -127,17 +118,12 @@ for kernel in ("flash_attention_for_cpu", "flash_attention", "efficient_attentio
 
 
 def flops_section(
-    recipe: Recipe,
-    *,
-    hardware_flops_per_step: int | None,
-    step_seconds: float | None,
-    peak: Peak,
-    matmul_ceiling_flops: float | None,
+    recipe: Recipe, *, hardware_flops: int | None, step_seconds: float | None, peak: Peak, ceiling: float | None
 ) -> Flops:
     """What was not measured is None.
 
-    hardware_flops_per_step: FLOPs counted in one step, summed over all ranks. step_seconds: its steady median.
-    peak: of one rank's device, FLOP/s. Raises ValueError where more ran than the hardware can do.
+    hardware_flops: counted in one step, summed over all ranks. step_seconds: its steady median. peak: of one rank's
+    device. ceiling: FLOP/s of the fastest product. Raises ValueError where more ran than the hardware can do.
     """
     tokens = recipe.train.global_batch * recipe.train.seq_len
     model_flops = model_flops_per_token(recipe.model, seq_len=recipe.train.seq_len)
@@ -145,10 +131,10 @@ def flops_section(
         definition=DEFINITION,
         model_flops_per_token=model_flops.full,
         model_flops_per_token_causal=model_flops.causal,
-        hardware_flops_per_token=None if hardware_flops_per_step is None else hardware_flops_per_step / tokens,
+        hardware_flops_per_token=None if hardware_flops is None else hardware_flops / tokens,
         peak_flops=peak.flops,
         peak_source=peak.source,
-        matmul_ceiling_flops=matmul_ceiling_flops,
+        matmul_ceiling_flops=ceiling,
     )
     if step_seconds is None or peak.flops is None:
         return section
@@ -165,7 +151,6 @@ def flops_section(
             )
     if section.mfu > 1:
         # Half of the attention that it counts was never run: long sequences get there on honest hardware.
-        why = f" mfu is null: with attention in full it would be {section.mfu:.3g}, and says nothing."
-        section.definition = DEFINITION + why
-        section.mfu = None
+        why = f"mfu is null: with attention in full it would be {section.mfu:.3g}, and says nothing."
+        section.definition, section.mfu = f"{DEFINITION} {why}", None
     return section

@@ -80,10 +80,7 @@ ACCELERATORS: dict[str, Accelerator] = {
 
 
 def peak_flops(device_name: str, dtype: str) -> Peak:
-    """The dense datasheet peak of the device that torch calls `device_name`, in FLOP/s.
-
-    dtype: float32, tfloat32, bfloat16 or float64. Names match exactly or not at all: "NVIDIA L40" is no "NVIDIA L4".
-    """
+    """The dense datasheet peak of the device that torch calls exactly `device_name`, by type, tfloat32 too."""
     accelerator = ACCELERATORS.get(device_name)
     if accelerator is None:
         return Peak(None, f"no peak is known for a device called {device_name!r}; {REMEDY}")
@@ -118,18 +115,18 @@ def peak_of_rank(
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """The fastest product of two square matrices seen within CEILING_SECONDS on `device`, in FLOP/s.
 
-    With the threads that this process uses for its steps. On a CPU the other ranks of the host must wait meanwhile.
-    The best of many, because whatever else runs on the machine can only slow one down.
+    The best of many, because whatever else runs can only slow one down; other ranks on a CPU must wait meanwhile.
     """
     sizes, calls = (CUDA_SIZES, 10) if device.type == "cuda" else (CPU_SIZES, 1)  # a GPU is asked for several at once
     factors = [torch.randn(2, n, n, device=device).to(dtype) for n in sizes]
+    synchronize = torch.get_device_module(device).synchronize
     best, deadline = 0.0, time.perf_counter() + CEILING_SECONDS
     for a, b in itertools.cycle(factors):
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         for _ in range(calls):
             a @ b
-        _synchronize(device)
+        synchronize(device)
         end = time.perf_counter()
         best = max(best, calls * 2 * len(a) ** 3 / (end - start))
         if end > deadline:
@@ -137,8 +134,3 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     del factors, a, b
     torch.cuda.empty_cache()  # a measure of memory may follow
     return best
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

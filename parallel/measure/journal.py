@@ -37,8 +37,7 @@ class Journal(Observer):
     def __init__(self, path: Path) -> None:
         self._path = path
         self._rows: list[dict[str, Any]] = []
-        self._stride = 1
-        self._n_steps = 0
+        self._n_steps, self._stride = 0, 1
 
     @contextlib.contextmanager
     def step(self, step: Step) -> Iterator[None]:

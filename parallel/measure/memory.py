@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +20,6 @@ from parallel.measure.traffic import tensors_in
 from parallel.mesh import local_part
 from parallel.torch_private import wrapped_storages
 
-aten = torch.ops.aten
 WRAPPERS = (DTensor, AsyncCollectiveTensor)  # their operators work on the tensors inside, which hold the memory
 
 
@@ -38,21 +38,16 @@ class MemoryTracker(TorchDispatchMode):
             ...  # a step
         tracker.peak()  # {"peak_bytes": ..., "parameters_bytes": ..., ...}
 
-    Each storage belongs to one category for the whole of its life, by what it is or comes to be (docs/measures.md):
-
-        parameters   a parameter's local part: tied weights once, an FSDP shard with its padding
-        gradients    the .grad of a parameter: at entry, when the optimizer steps, or at exit. Gradient buckets too
-        optimizer    the optimizer's state
-        other        what FSDP gathers or scatters; gradients not yet added into .grad; what a receive or an in-place
-                     collective writes to; temporaries of the optimizer's step; what was there before the region
-        activations  the rest of what the region makes; where a pipeline splits backward, gradients of weights not yet
-                     added, too
+    A storage belongs to one part of docs/measures.md for the whole of its life. It is of the parameters, gradients or
+    optimizer if it is found there at entry, when the optimizer steps, or at exit. Else it is other if it is older than
+    the region, made while the optimizer steps, resized by hand as FSDP does, or seen where FSDP copies, a gradient is
+    added into .grad or a message arrives in place; and if none of these, of the activations. Where a pipeline splits
+    backward, those are also gradients of weights not yet added.
 
     A storage older than the region is counted from entry on if it belongs to a parameter, a gradient or the optimizer,
     or if an operator of the region uses it; others are nobody's business here.
 
-    Works on real tensors and on FakeTensors, where the same step gives the same figures. Enter it after a
-    FakeTensorMode. The cost is linear in the number of operators.
+    Works on real tensors and on FakeTensors, with the same figures. Enter it after a FakeTensorMode.
     """
 
     def __init__(
@@ -61,7 +56,6 @@ class MemoryTracker(TorchDispatchMode):
         super().__init__()
         self._parameters, self._optimizer, self._device = list(parameters), optimizer, device
         self._live: dict[int, _Storage] = {}
-        self._older: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
         self._freed: deque[_Storage] = deque()  # a storage may die on any thread, and append is atomic
         self._at_entry: list[tuple[_Storage, int]] = []
         self._changes: list[tuple[_Storage, int]] = []  # in time: bytes that a storage gained or lost
@@ -70,16 +64,13 @@ class MemoryTracker(TorchDispatchMode):
 
     def peak(self) -> dict[str, int]:
         """peak_bytes, and parameters_bytes, gradients_bytes, ... at the moment of the first peak. After exit."""
-        largest = total = sum(nbytes for _, nbytes in self._at_entry)
-        n_changes = 0
-        for i, (_, nbytes) in enumerate(self._changes, start=1):
-            total += nbytes
-            if total > largest:
-                largest, n_changes = total, i
+        at_entry = sum(nbytes for _, nbytes in self._at_entry)
+        totals = [*itertools.accumulate((nbytes for _, nbytes in self._changes), initial=at_entry)]
+        n_changes = totals.index(max(totals))
         split = dict.fromkeys(CATEGORIES, 0)
         for storage, nbytes in (*self._at_entry, *self._changes[:n_changes]):
             split[storage.category] += nbytes
-        return {"peak_bytes": largest} | {f"{category}_bytes": nbytes for category, nbytes in split.items()}
+        return {"peak_bytes": totals[n_changes]} | {f"{category}_bytes": nbytes for category, nbytes in split.items()}
 
     def __enter__(self) -> "MemoryTracker":
         self._older = weakref.WeakSet(_storages_of_python())
@@ -89,7 +80,7 @@ class MemoryTracker(TorchDispatchMode):
             after = self._optimizer.register_step_post_hook(lambda *_: self._identify())
             self._watching.callback(before.remove)
             self._watching.callback(after.remove)
-        self._watching.enter_context(wrapped_storages(resize=self._resizing, propagate=self._propagating))
+        self._watching.enter_context(wrapped_storages(resize=self._resizing, propagate=self._of_shapes()))
         super().__enter__()
         return self
 
@@ -113,7 +104,7 @@ class MemoryTracker(TorchDispatchMode):
             return result
         self._bury()
         # torch.tensor makes its storage out of sight, and then shows it to lift_fresh.
-        made = func in (aten.lift_fresh.default, aten.lift.default)
+        made = func in (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default)
         inputs = [self._see(tensor, made=made) for tensor in tensors_in((args, kwargs))]
         outputs = [self._see(tensor, made=True) for tensor in tensors_in(result)]
         node = torch._C._current_autograd_node()
@@ -131,8 +122,7 @@ class MemoryTracker(TorchDispatchMode):
         made: if it is not known, it was made just now. Else, if it is not older than the region either, it belongs to
         the communication library, which lets operators work on it.
         """
-        strided = tensor.layout == torch.strided and not isinstance(tensor, WRAPPERS)
-        if tensor.device.type != self._device.type or not strided:
+        if tensor.device.type != self._device.type or tensor.layout != torch.strided or isinstance(tensor, WRAPPERS):
             return None
         storage = tensor.untyped_storage()
         known = self._live.get(storage._cdata)
@@ -192,15 +182,13 @@ class MemoryTracker(TorchDispatchMode):
 
         return resize
 
-    def _propagating(self, propagate_: Callable[..., Any]) -> Callable[..., Any]:
-        def propagate(*args: Any) -> Any:
-            self._shapes_only = True
-            try:
-                return propagate_(*args)
-            finally:
-                self._shapes_only = False
-
-        return propagate
+    @contextlib.contextmanager
+    def _of_shapes(self) -> Iterator[None]:
+        self._shapes_only = True
+        try:
+            yield
+        finally:
+            self._shapes_only = False
 
 
 def _make_other(storages: Sequence[_Storage | None]) -> None:
@@ -215,9 +203,6 @@ def _storages_of_python() -> Iterator[torch.UntypedStorage]:
         is_tensor = issubclass(type(thing), Tensor) and not is_traceable_wrapper_subclass(thing)
         if is_tensor and thing.layout == torch.strided and thing.device.type != "meta":
             yield thing.untyped_storage()
-
-
-# ---- the record ----------------------------------------------------------------------------------------------------
 
 
 def reset_allocator_peaks(device: torch.device) -> None:

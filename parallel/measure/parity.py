@@ -41,8 +41,7 @@ def parity_recipe(recipe: Recipe) -> tuple[Recipe, str]:
     # CUDA has no other kernel for float64 than math, and inductor of torch 2.11 gives that of the CPU a float32 tensor.
     # Ring and all-gather bring their own.
     model, parallel = recipe.model, recipe.parallel
-    in_pieces = parallel.cp > 1 and recipe.context.zigzag
-    plain = recipe.train.compile == "inductor" and not in_pieces
+    plain = recipe.train.compile == "inductor" and not (parallel.cp > 1 and recipe.context.zigzag)
     train = replace(recipe.train, dtype="float64", attention="math" if plain else "auto")
     matrices = model.n_layers * model.block_matrices + model.vocab_size * model.d_model
     if 6 * matrices * train.global_batch * train.seq_len <= MAX_REFERENCE_FLOPS:
@@ -82,11 +81,9 @@ def compare_with_reference(
     Returns on rank 0 {max_rel_grad_diff, max_abs_loss_diff}; None elsewhere. The difference is infinite where a
     parameter, or a part of one, has no gradient on any rank.
     """
-    shapes = [{name: tuple(g.shape) for name, g in reference.gradients.items()} if reference else None]
-    dist.broadcast_object_list(shapes, src=0, device=device)
-    assert shapes[0] is not None
+    shapes = gathered({name: tuple(g.shape) for name, g in reference.gradients.items()} if reference else None)[0]
     parts: dict[str, list[tuple[Any, int, float]]] = {}  # name -> (which part, its elements, ‖difference‖²)
-    for name, shape in shapes[0].items():
+    for name, shape in shapes.items():
         # One parameter at a time: no rank but the first ever holds the whole reference.
         whole = reference.gradients[name] if reference else torch.empty(shape, dtype=torch.float64, device=device)
         dist.broadcast(whole, src=0)
@@ -116,12 +113,9 @@ def _which_part(gradient: Tensor) -> tuple[tuple[str, int], ...]:
 
 def _relative_difference(gradient: Tensor, parts: list[tuple[Any, int, float]]) -> float:
     """‖g - g_ref‖₂ / ‖g_ref‖₂ of one parameter; of copies, the worst counts."""
-    worst: dict[Any, tuple[int, float]] = {}
-    for which, elements, square in parts:
-        if math.isnan(square):
-            return math.inf
-        worst[which] = (elements, max(square, worst.get(which, (0, 0.0))[1]))
-    if sum(elements for elements, _ in worst.values()) != gradient.numel():
+    worst = {which: (elements, square) for which, elements, square in sorted(parts, key=lambda part: part[2])}
+    whole = sum(elements for elements, _ in worst.values()) == gradient.numel()
+    if not whole or any(math.isnan(square) for *_, square in parts):
         return math.inf
     size = gradient.norm().item()
     difference = math.sqrt(sum(square for _, square in worst.values()))

@@ -4,12 +4,14 @@ Whatever made a record (a rank, the launcher, a dry run), whatever reads one (ta
 record that is read is data from anywhere: it is completed and checked here, and never executed.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -199,12 +201,9 @@ def _git_commit() -> str | None:
 
 
 def _cpu_model() -> str | None:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine() or None
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*: (.*\S)", info.read_text(errors="replace"), re.M) if info.exists() else None
+    return model[1] if model else platform.processor() or platform.machine() or None
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
@@ -236,23 +235,17 @@ def finite(value: Any) -> Any:
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
     """The steps in a steps.jsonl, up to where its writer was stopped; none where there is no file."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
     steps = []
-    for line in lines:
-        try:
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             steps.append(finite(json.loads(line)))
-        except (ValueError, RecursionError):
-            break
     return [step for step in steps if isinstance(step, dict)]
 
 
 def read_records(directory: Path) -> list[dict[str, Any]]:
     """The records of `directory` itself and of the folders in it, by name of folder."""
     folders = [directory, *sorted(directory.iterdir())] if directory.is_dir() else []
-    paths = [folder / "record.json" for folder in folders if folder.is_dir()]
+    paths = [folder / "record.json" for folder in folders]
     return [read_record(path) for path in paths if os.path.lexists(path)]
 
 

@@ -8,7 +8,7 @@ import contextlib
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from parallel.collectives import gathered
 from parallel.measure.clock import Clock
 from parallel.measure.observer import Observer, Step
 from parallel.measure.record import Record
-from parallel.recipe import Recipe
+from parallel.recipe import MESH_DIMS, Recipe
 from parallel.torch_private import wrapped_waits
 
 OBSERVED_STEPS = 100  # the last ones, so that a run of a million steps keeps no more than these
@@ -56,7 +56,7 @@ class Timeline(Observer):
     def step(self, step: Step) -> Iterator[None]:
         self._step = _Step(step.number)
         began, base = time.time(), self._now()
-        with wrapped_waits(self._clocked) if self._clocks_waits else contextlib.nullcontext():
+        with wrapped_waits(self._clocked()) if self._clocks_waits else contextlib.nullcontext():
             yield
         self._step.seconds = step.seconds
         if self._on_cuda:  # and the clock has waited for it
@@ -65,15 +65,13 @@ class Timeline(Observer):
                 self._step.actions[i] = (action, start, end)
         self._steps.append(self._step)
 
-    def _clocked(self, wait: Callable[..., Any]) -> Callable[..., Any]:
-        def clocked(*arguments: Any, **options: Any) -> Any:
-            start = time.time()
-            try:
-                return wait(*arguments, **options)
-            finally:
-                self._step.waits.append((start, time.time()))
-
-        return clocked
+    @contextlib.contextmanager
+    def _clocked(self) -> Iterator[None]:
+        start = time.time()
+        try:
+            yield
+        finally:
+            self._step.waits.append((start, time.time()))
 
     @contextlib.contextmanager
     def around(self, action: Action) -> Iterator[None]:
@@ -120,9 +118,7 @@ class Timeline(Observer):
         return sections
 
     def _rows(self, step: _Step) -> list[dict[str, Any]]:
-        mesh = self._mesh
-        assert mesh.mesh_dim_names is not None
-        in_first_pipeline = all(mesh.get_local_rank(dim) == 0 for dim in mesh.mesh_dim_names if dim != "pp")
+        in_first_pipeline = all(self._mesh.get_local_rank(dim) == 0 for dim in MESH_DIMS if dim != "pp")
         of_ranks = gathered(step.actions if in_first_pipeline else [])
         zero = min(start for actions in of_ranks for _, start, _ in actions)
         return [

@@ -44,10 +44,7 @@ class Trace(Observer):
 
 
 def parts_of_trace(path: Path) -> tuple[float, float, float] | None:
-    """Compute, exposed communication and idle seconds of the step in a trace of Trace; None without a GPU.
-
-    NCCL's kernels are communication, but for its sends and receives: those are a pipeline's, and idle.
-    """
+    """Compute, exposed communication and idle seconds of the traced step (docs/measures.md); None without a GPU."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
     kernels = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]

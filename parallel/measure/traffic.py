@@ -14,20 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from parallel.mesh import JOINED
+from parallel.recipe import MESH_DIMS
 
 NO_PAYLOAD = ("barrier", "monitored_barrier_", "wait_tensor", "check_for_nan", "_wrap_tensor_autograd")
 
-# How the operators of a collective begin, underscores left out. It has several: in place or functional, into one tensor
-# or a list, coalesced or not.
-OPERATORS = {
-    "all_reduce": ("allreduce",),
-    "all_gather": ("allgather",),
-    "reduce_scatter": ("reducescatter",),
-    "all_to_all": ("alltoallbase", "alltoallsingle"),
-    "broadcast": ("broadcast",),
-    "send": ("send", "isend"),
-    "recv": ("recv", "irecv"),
-}
+# Of these it is known what a rank sends. Their operators begin like them, but for underscores and the i of isend: there
+# are several of each, in place or functional, into one tensor or a list, coalesced or not.
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send", "recv")
 
 
 class TrafficLog(TorchDispatchMode):
@@ -38,7 +31,7 @@ class TrafficLog(TorchDispatchMode):
         log.rows()  # [{"mesh_dim": "tp", "collective": "all_reduce", "calls": 34, "bytes_per_rank": 278528}, ...]
 
     bytes_per_rank are those that this rank sends by the textbook algorithm (docs/measures.md), with padding. Barriers
-    carry nothing and a group of one rank sends nothing: neither has a row. What is not in OPERATORS has one with null
+    carry nothing and a group of one rank sends nothing: neither has a row. What is not of COLLECTIVES has one with null
     for its bytes.
 
     mesh_dim is the dimension of `mesh` (of build_mesh) whose ranks talk to each other; dimensions that act as one are
@@ -75,8 +68,10 @@ class TrafficLog(TorchDispatchMode):
         group = _group(arguments.get("process_group", arguments.get("group_name")))
         if group.size() == 1:
             return
-        spelt = operator.replace("_", "")
-        known = next((collective for collective, starts in OPERATORS.items() if spelt.startswith(starts)), None)
+        spelt = operator.replace("_", "").removeprefix("i")
+        known = next((collective for collective in COLLECTIVES if spelt.startswith(collective.replace("_", ""))), None)
+        if operator == "alltoall_":  # of lists, with a length of its own for each rank
+            known = None
         key = (self._dim(group), known or operator.strip("_"))
         calls, before = self._sent.get(key, (0, Fraction(0)))
         if known is None or before is None:
@@ -127,14 +122,11 @@ def _dim_of_ranks(mesh: DeviceMesh) -> dict[tuple[int, ...], str]:
     Names go by ranks, not by group: torch gives a dimension that spans all ranks the default group, and a flattened
     dimension with one member of more than one rank is that member.
     """
-    assert mesh.mesh_dim_names is not None
     dims: dict[tuple[int, ...], str] = {}
-    for name in (*mesh.mesh_dim_names, *JOINED):
-        members = JOINED.get(name, (name,))
-        joined = "·".join(member for member in members if mesh[member].size() > 1)
-        dims.setdefault(_ranks(mesh.get_group(name)), joined)
-    dims.setdefault(tuple(range(dist.get_world_size())), "world")
-    return dims
+    for name in (*MESH_DIMS, *JOINED):
+        members = [dim for dim in JOINED.get(name, (name,)) if mesh[dim].size() > 1]
+        dims.setdefault(_ranks(mesh.get_group(name)), "·".join(members))
+    return {tuple(range(dist.get_world_size())): "world"} | dims
 
 
 def _ranks(group: dist.ProcessGroup) -> tuple[int, ...]:
