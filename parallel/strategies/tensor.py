@@ -32,7 +32,8 @@ from parallel.recipe import Recipe
 from parallel.transformer import Block, Embedding, Linear, RMSNorm, Transformer, cross_entropy
 
 SEQUENCE = 1  # the dim of x (B, T, D) that sequence parallelism splits
-Conjugates = tuple[Callable[..., Tensor], Callable[..., Tensor]]  # what forward does, and what its backward does
+# What forward does, and what its backward does; None: nothing.
+Conjugates = tuple[Callable[..., Tensor] | None, Callable[..., Tensor] | None]
 
 
 def apply_tensor(model: Transformer, *, mesh: DeviceMesh, sequence_parallel: bool) -> None:
@@ -136,28 +137,24 @@ def _communicate(
 # ---- the four communications ----------------------------------------------------------------------------------------
 
 
-def _nothing(x: Tensor, *, group: dist.ProcessGroup) -> Tensor:
-    return x.view_as(x)
-
-
 _gather, _scatter = (functools.partial(each, dim=SEQUENCE) for each in (all_gather, reduce_scatter))
 
-SUM_GRADIENT: Conjugates = (_nothing, all_reduce)  # f in the Megatron paper
-SUM: Conjugates = (all_reduce, _nothing)  # g
+SUM_GRADIENT: Conjugates = (None, all_reduce)  # f in the Megatron paper
+SUM: Conjugates = (all_reduce, None)  # g
 GATHER_SEQUENCE: Conjugates = (_gather, _scatter)
 SCATTER_SEQUENCE: Conjugates = (_scatter, _gather)
 
 
 class _Communicate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, *conjugates: Callable[..., Tensor]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, *conjugates: Callable[..., Tensor] | None) -> Tensor:
         forward, ctx.conjugate = conjugates
         ctx.group = group
-        return forward(x, group=group)
+        return forward(x, group=group) if forward else x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.conjugate(grad, group=ctx.group), None, None, None
+        return ctx.conjugate(grad, group=ctx.group) if ctx.conjugate else grad, None, None, None
 
 
 # ---- the loss on vocabulary shards ----------------------------------------------------------------------------------
