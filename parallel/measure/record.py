@@ -245,8 +245,7 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
 def read_records(directory: Path) -> list[dict[str, Any]]:
     """The records of `directory` itself and of the folders in it, by name of folder."""
     folders = [directory, *sorted(directory.iterdir())] if directory.is_dir() else []
-    paths = [folder / "record.json" for folder in folders]
-    return [read_record(path) for path in paths if os.path.lexists(path)]
+    return [read_record(path) for folder in folders if os.path.lexists(path := folder / "record.json")]
 
 
 def read_record(path: Path) -> dict[str, Any]:
