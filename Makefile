@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # The first of these that is Python 3.11 or later.
 PYTHONS := python3 python3.13 python3.12 python3.11 python
 
-.PHONY: compare first-look test setup clean
+.PHONY: compare first-look test bench gpu setup clean
 
 compare: setup  ## the main job: every strategy on one model, proven against one process
 	$(BIN)/lab compare recipes/compare/strategies.toml
@@ -23,6 +23,13 @@ test: setup  ## linters, types, and every test
 	@mkdir -p runs
 	$(BIN)/python -m pytest --junit-xml=runs/tests.xml
 	@echo "report: $(CURDIR)/runs/tests.xml"
+
+bench: setup  ## the strategies against loops written by hand, in turn
+	$(BIN)/python benchmarks/bench.py
+
+# Without `setup`: a machine with a GPU may have the packages, and no network.
+gpu:  ## first contact with a GPU: parity, memory, the ladder; results go to results/<device>/
+	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,python3) benchmarks/gpu.py
 
 setup: $(INSTALLED)  ## the virtual environment alone
 

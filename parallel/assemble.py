@@ -46,6 +46,7 @@ class Assembled:
     mesh: DeviceMesh
     microbatches: Callable[[Tensor, Tensor], Tensor]  # Accumulation or PipelineStep
     buckets: GradientBuckets | None
+    averaged: int  # data ranks over which gradients are averaged; 1 where they are summed
 
     def forward_backward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """See Engine.gradients. Adds them to each .grad."""
@@ -58,10 +59,9 @@ class Assembled:
             self.buckets.finish()
         if self.recipe.parallel.pp > 1:
             sum_tied_gradients(self.stages, mesh=self.mesh["pp"])
-        data_ranks = self.mesh["data"].size()
-        if data_ranks > 1:
+        if self.mesh["data"].size() > 1:
             dist.all_reduce(loss, group=self.mesh.get_group("data"))
-        return loss / data_ranks
+        return loss / self.averaged
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         own_names = (named for stage in self.stages for named in stage.named_parameters())
@@ -130,8 +130,9 @@ def assemble(
     token_loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
     if parallel.tp > 1:
         token_loss = partial(tensor_parallel_loss, recipe=recipe, mesh=mesh["tp"])
-    # Each token's share of the mean loss; times the data ranks because gradients are then averaged over those.
-    scale = data_ranks / (train.global_batch * train.seq_len)
+    # Each token's share of the mean loss; times the data ranks where FSDP then averages gradients over those.
+    averaged = data_ranks if sharded else 1
+    scale = averaged / (train.global_batch * train.seq_len)
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         return token_loss(logits, targets) * scale
@@ -152,7 +153,7 @@ def assemble(
     else:
         before = partial(before_microbatch, stages[0]) if sharded else None
         microbatches = Accumulation(model=stages[0], micro_batch=recipe.micro_batch, loss=loss, before=before)
-    return Assembled(recipe, stages, mesh, microbatches, buckets)
+    return Assembled(recipe, stages, mesh, microbatches, buckets, averaged)
 
 
 @contextmanager

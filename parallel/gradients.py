@@ -25,7 +25,8 @@ def gradient_norm(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> Tenso
     """
     tp, squares = mesh["tp"].size(), []
     for parameter in parameters:
-        square = torch.linalg.vector_norm(local_gradient(parameter), dtype=torch.float64).square()
+        # In the gradient's own type, which needs no copy of it; the few numbers that come of it are added in float64.
+        square = torch.linalg.vector_norm(local_gradient(parameter)).double().square()
         if tp > 1 and isinstance(parameter, DTensor) and split_dim(parameter, -1) is None:
             square = square / tp  # the sum over tp, the last dimension, counts each copy
         squares.append(square)

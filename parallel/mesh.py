@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement
 
 from parallel.recipe import MESH_DIMS, Recipe
-from parallel.torch_private import silence_flattening
+from parallel.torch_private import set_timeout, silence_flattening
 
 # Dimensions that act as one, under a name of their own.
 JOINED = {
@@ -28,6 +28,8 @@ def build_mesh(recipe: Recipe, device_type: str) -> DeviceMesh:
     silence_flattening()
     for name, members in JOINED.items():
         mesh[members]._flatten(name)
+    for dim in (*MESH_DIMS, *JOINED):
+        set_timeout(mesh.get_group(dim), seconds=recipe.train.time_limit_seconds)
     return mesh
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import socket
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -12,42 +13,95 @@ import torch.distributed as dist
 from parallel.recipe import Recipe, RecipeError
 
 
-def choose_device(recipe: Recipe) -> torch.device:
-    """CUDA where every rank of this host has a GPU of its own, else the CPU; or what the recipe asks for.
+def choose_device(recipe: Recipe, store: dist.Store | None = None) -> tuple[torch.device, str | None]:
+    """CUDA where every rank of the run has a GPU of its own, else the CPU; or what the recipe asks for. And why GPUs
+    were left unused, where some were.
 
+    store: of the run's ranks, which all must call this; None for a run of one. A process that sees one GPU beside
+    others on its host may have been given its own (`srun --gpus-per-task=1`): ranks tell each other which they see.
     Raises RecipeError where the recipe asks for CUDA and it cannot be had, or for a kernel that the device lacks.
     """
-    train, attention = recipe.train, recipe.train.attention
-    gpus, local_ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    on_cpu = train.device == "cpu" or gpus < local_ranks
-    if train.device == "cuda" and on_cpu:
-        raise RecipeError("train.device", "cuda", f"needs {local_ranks} GPUs on this host, which has {gpus}; use auto")
+    train, attention, gpus = recipe.train, recipe.train.attention, torch.cuda.device_count()
+    index, lack = 0, None if gpus else "this host has no GPU"
+    if store is not None:
+        index, lack = _gpu_among_ranks(gpus, store, recipe.world_size)
+    if train.device == "cuda" and lack:
+        raise RecipeError("train.device", "cuda", f"{lack}; use auto, or give each rank a GPU")
+    on_cpu = train.device == "cpu" or lack is not None
     if on_cpu and attention == "cudnn":
         raise RecipeError("train.attention", attention, "needs CUDA, and this run is on a CPU; use auto, flash or math")
     if not on_cpu and attention in ("flash", "cudnn") and train.dtype != "bfloat16":
         remedy = f"has no {train.dtype} kernel on CUDA; use bfloat16, or auto or math"
         raise RecipeError("train.attention", attention, remedy)
-    return torch.device("cpu") if on_cpu else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if not on_cpu:
+        return torch.device("cuda", index), None
+    unused = f"on the CPU though this host has {gpus} GPU{'s' * (gpus > 1)}: {lack}"
+    return torch.device("cpu"), unused if gpus and train.device == "auto" else None
+
+
+def _gpu_among_ranks(gpus: int, store: dist.Store, world_size: int) -> tuple[int, str | None]:
+    """This rank's GPU, by its number; and what some rank lacks for each to have its own, the same on every rank."""
+    local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
+    if local_rank is None and gpus:
+        raise RecipeError("LOCAL_RANK", None, "set it, as torchrun does: the place of a rank among those of its host")
+    host = socket.gethostname()
+    store.add(host, 1)
+    _meet(store, "counted", world_size)
+    local_ranks = store.add(host, 0)
+    index = int(local_rank or 0) if gpus >= local_ranks else 0
+    if gpus < local_ranks and gpus != 1:
+        store.set("lack", f"{local_ranks} of the ranks are on a host with {gpus} GPUs")
+    elif store.add(f"{host} {torch.cuda.get_device_properties(index).uuid}", 1) > 1:
+        store.set("lack", f"two of the {local_ranks} ranks of a host see the same GPU")
+    _meet(store, "looked", world_size)
+    return index, store.get("lack").decode() if store.check(["lack"]) else None
+
+
+def _meet(store: dist.Store, place: str, world_size: int) -> None:
+    if store.add(place, 1) == world_size:
+        store.set(f"all {place}", "")
+    store.wait([f"all {place}"])
 
 
 @contextlib.contextmanager
-def process_group(device: torch.device, *, timeout_seconds: float) -> Iterator[None]:
-    """NCCL for CUDA, gloo for CPU, from torchrun's environment variables; a world of one needs none of them."""
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_seconds)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+def process_group(recipe: Recipe) -> Iterator[tuple[torch.device, str | None]]:
+    """Joins the ranks of torchrun's environment variables, by NCCL on CUDA and gloo on a CPU; a run of one needs none.
+
+    Gives the device of this rank, and a note: see choose_device. Raises RecipeError.
+    """
+    timeout = timedelta(seconds=recipe.train.time_limit_seconds)
+    store, rank = None, 0
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store, rank, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        store.set_timeout(timeout)
+    device, unused = choose_device(recipe, dist.PrefixStore("devices", store) if store else None)
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if on_cuda else "gloo",
+        store=dist.PrefixStore("group", store) if store else dist.HashStore(),
+        rank=rank,
+        world_size=recipe.world_size,
+        timeout=timeout,
+        device_id=device if on_cuda else None,
+    )
     try:
-        yield
-    finally:
-        # gloo's threads free Python objects: everything that collectives have touched must be gone before they end,
-        # or the interpreter aborts on its way out (pytorch/pytorch#190489).
-        gc.collect()
-        dist.destroy_process_group()
+        yield device, unused
+    except BaseException:
+        # NCCL ends a group only with all its ranks, and after kernels that may wait for ever for the one that raised.
+        # Whoever started this process ends it, and the error is told now.
+        if not on_cuda:
+            _leave_group()
+        raise
+    _leave_group()
+
+
+def _leave_group() -> None:
+    # gloo's threads free Python objects: everything that collectives have touched must be gone before they end,
+    # or the interpreter aborts on its way out (pytorch/pytorch#190489).
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def say(line: str) -> None:

@@ -14,7 +14,7 @@ from parallel.recipe import Recipe
 
 def prove(recipe: Recipe, *, mesh: DeviceMesh, device: torch.device) -> Parity:
     """Empty on all ranks but 0."""
-    proof, reference_is = parity_recipe(recipe)
+    proof, reference_is = parity_recipe(recipe, on_cuda=device.type == "cuda")
     say(f"parity: float64 gradients of step 1 against {reference_is}")
     corpus = corpus_of(proof)
     reference = None

@@ -8,6 +8,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 from unittest import mock
 
@@ -77,6 +78,12 @@ def no_cached_graphs() -> contextlib.AbstractContextManager[Any]:
 def silence_flattening() -> None:
     """FSDP2 itself slices the flattened dimension that it is given, and is then told that this will change."""
     warnings.filterwarnings("ignore", message="Slicing a flattened dim", category=UserWarning)
+
+
+def set_timeout(group: dist.ProcessGroup, *, seconds: float) -> None:
+    """Groups of a mesh do not take the timeout of the run's group, but 10 minutes on NCCL and 30 on gloo."""
+    if dist.get_backend(group) != "fake":
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 # ---- dry runs ------------------------------------------------------------------------------------------------------

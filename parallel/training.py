@@ -20,7 +20,7 @@ from parallel.measure.record import Record, write_record
 from parallel.measure.timeline import Timeline
 from parallel.measure.trace import Trace
 from parallel.mesh import build_mesh
-from parallel.process import choose_device, process_group, say
+from parallel.process import process_group, say
 from parallel.proof import prove
 from parallel.recipe import Recipe
 
@@ -35,9 +35,8 @@ def train(
     profile: each rank writes a trace of the fourth step, or of the last one before, to out/trace-rank-<r>.json.gz.
     Raises RecipeError for what only the host can tell: no such device, no such data; and Diverged.
     """
-    device = choose_device(recipe)
-    with process_group(device, timeout_seconds=recipe.train.time_limit_seconds):
-        return train_in_group(recipe, out=out, device=device, peak_flops=peak_flops, profile=profile)
+    with process_group(recipe) as (device, unused):
+        return train_in_group(recipe, out=out, device=device, peak_flops=peak_flops, profile=profile, note=unused)
 
 
 def train_in_group(
@@ -48,8 +47,12 @@ def train_in_group(
     peak_flops: float | None = None,
     profile: bool = False,
     first_step: int = 1,
+    note: str | None = None,
 ) -> dict[str, Any] | None:
-    """The same, where the process group is there. Tokens are those of steps first_step, first_step + 1, ..."""
+    """The same, where the process group is there. Tokens are those of steps first_step, first_step + 1, ...
+
+    note: what a reader must know of the device.
+    """
     corpus = corpus_of(recipe)
     refuse_different_data(recipe, corpus)
     mesh = build_mesh(recipe, device.type)
@@ -58,6 +61,9 @@ def train_in_group(
     record.environment.device = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     record.environment.backend = dist.get_backend()
     record.environment.data = corpus.description
+    record.environment.note = note
+    if note:
+        say(f"warning: {note}")
     say(f"{recipe.name}: {dist.get_world_size()} ranks on {device.type} with {dist.get_backend()}")
     say(f"data: {corpus.description}")
     if recipe.train.parity:
@@ -73,7 +79,7 @@ def train_in_group(
         FiniteCheck(),
         Progress(recipe.train.steps),
         Journal(out / "steps.jsonl"),
-        *([Trace(out, device, number=traced, clock=clock)] if profile else []),
+        *([Trace(out, device, mesh=mesh, number=traced, clock=clock)] if profile else []),
         Timeline(recipe, device, mesh=mesh, clock=clock),
         clock,
         counters,
@@ -91,8 +97,8 @@ def train_in_group(
     )
     counted = {rank: measures for rank, measures in enumerate(gathered(counters.measures)) if measures is not None}
     each = dict.fromkeys(range(recipe.world_size), 1)
-    note = None if recipe.train.compile == "none" else "compiled code makes tensors where no tracker sees them"
-    fill_in(record, recipe, counted, kinds=each, step=counters.number, peak=peak, ceiling=ceiling, note=note)
+    hidden = None if recipe.train.compile == "none" else "compiled code makes tensors where no tracker sees them"
+    fill_in(record, recipe, counted, kinds=each, step=counters.number, peak=peak, ceiling=ceiling, note=hidden)
     if record.flops.peak_flops != peak.flops:
         say(f"flops: {record.flops.peak_source}")
     record.status = "ok"

@@ -256,7 +256,7 @@ def test_profile_writes_traces_with_named_spans(tmp_path: Path, capfd: pytest.Ca
             names = {event["name"] for event in json.load(file)["traceEvents"] if event.get("ph") == "X"}
         assert {"step 4", "forward", "backward", "optimizer"} <= names
         assert {"gloo:all_gather", "gloo:all_reduce"} <= names
-        assert parts_of_trace(path) is None  # no GPU
+        assert parts_of_trace(path, pipeline="") is None  # no GPU
     assert main(["run", recipe, *settings, "--out", str(tmp_path)]) == 0
     assert not list((tmp_path / "fsdp").glob("trace-*"))  # an earlier run's
 
@@ -264,8 +264,9 @@ def test_profile_writes_traces_with_named_spans(tmp_path: Path, capfd: pytest.Ca
 def test_parts_of_a_gpu_trace(tmp_path: Path) -> None:
     """As Kineto writes them, in microseconds: computing from 10 to 40, NCCL beside it and beyond, and a pipeline."""
 
-    def event(category: str, name: str, start: float, end: float) -> dict[str, Any]:
-        return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": end - start}
+    def event(category: str, name: str, start: float, end: float, group: str = "mesh_tp") -> dict[str, Any]:
+        args = {"Process Group Description": group} if name.startswith("nccl") else {}
+        return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": end - start, "args": args}
 
     events = [
         {"ph": "M", "name": "process_name"},
@@ -277,8 +278,10 @@ def test_parts_of_a_gpu_trace(tmp_path: Path) -> None:
         event("gpu_memcpy", "Memcpy DtoD", 38, 40),
         event("kernel", "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", 35, 50),
         event("kernel", "ncclDevKernel_ReduceScatter_Sum_f32_RING_LL", 45, 60),
-        event("kernel", "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", 60, 90),
+        event("kernel", "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", 60, 90, group="mesh_pp"),
     ]
     with gzip.open(tmp_path / "trace.json.gz", "wt") as file:
         json.dump({"traceEvents": events}, file)
-    assert parts_of_trace(tmp_path / "trace.json.gz") == pytest.approx((30e-6, 20e-6, 50e-6))
+    assert parts_of_trace(tmp_path / "trace.json.gz", pipeline="mesh_pp") == pytest.approx((30e-6, 20e-6, 50e-6))
+    # The same messages of a ring, or of an all-to-all, are communication.
+    assert parts_of_trace(tmp_path / "trace.json.gz", pipeline="") == pytest.approx((30e-6, 50e-6, 20e-6))

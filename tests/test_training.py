@@ -144,6 +144,15 @@ def test_a_large_model_is_proven_on_a_smaller_one(ranks: Ranks) -> None:
     assert same == small_recipe() and words == "one process, same model and batch"
 
 
+def test_a_long_sequence_is_proven_on_a_shorter_one() -> None:
+    """Attention counts: tiny is small, but 4096 tokens are not; and plain products in float64 keep every score."""
+    lengths = {}
+    for seq_len in (1024, 8192, 16384):
+        recipe = recipe_from_tables(dict(train=dict(seq_len=seq_len, global_batch=1)))
+        lengths[seq_len] = [parity_recipe(recipe, on_cuda=on_cuda)[0].train.seq_len for on_cuda in (False, True)]
+    assert lengths == {1024: [1024, 1024], 8192: [8192, 16], 16384: [16, 16]}
+
+
 def test_record_and_steps(ranks: Ranks, tmp_path: Path) -> None:
     recipe = small_recipe(parallel=dict(dp_shard=2), train=dict(steps=5))
     assert ranks(2, run, recipe, str(tmp_path))[1] is None  # rank 0 alone writes
@@ -187,7 +196,8 @@ def test_a_kernel_that_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(RecipeError, match=r"train.attention = 'flash': has no float32 kernel on CUDA"):
         choose_device(small_recipe("float32", train=dict(attention="flash")))
-    assert choose_device(small_recipe("bfloat16", train=dict(attention="flash"))).type == "cuda"
+    device, _ = choose_device(small_recipe("bfloat16", train=dict(attention="flash")))
+    assert device.type == "cuda"
 
 
 def buckets_left(recipe: Recipe) -> bool:

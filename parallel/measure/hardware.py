@@ -5,6 +5,8 @@ Nothing here is guessed, for that makes an MFU that is wrong by a factor of two 
 
 import itertools
 import time
+import tomllib
+from importlib.resources import files
 from typing import NamedTuple
 
 import torch
@@ -24,59 +26,20 @@ class Peak(NamedTuple):
 
 class Accelerator(NamedTuple):
     flops: dict[str, float]  # FLOP/s by type: dense, with sums in float32
-    memory_bytes: int  # as built in; drivers keep some of it, and error correction takes a sixteenth of GDDR
+    memory_bytes: int
     source: str
 
 
-def _part(source: str, memory_gib: int, **teraflops: float) -> Accelerator:
-    return Accelerator({dtype: tera * 1e12 for dtype, tera in teraflops.items()}, memory_gib * 2**30, source)
+def _accelerators() -> dict[str, Accelerator]:
+    tables = tomllib.loads(files("parallel.measure").joinpath("accelerators.toml").read_text(encoding="utf-8"))
+    parts = {}
+    for name, part in tables["accelerators"].items():
+        source, memory_bytes = tables["sources"][part.pop("source")], part.pop("memory_gib") * 2**30
+        parts[name] = Accelerator({dtype: tera * 1e12 for dtype, tera in part.items()}, memory_bytes, source)
+    return parts
 
 
-# Where the figures were read, each at the commit named.
-_STAS = "github.com/stas00/ml-engineering@744d01e compute/accelerator/README.md, from the vendors' pages"
-_LIGHTNING = "github.com/Lightning-AI/pytorch-lightning@7f0c343 fabric/utilities/throughput.py, of NVIDIA's datasheets"
-_COMPOSER = "github.com/mosaicml/composer@6405188 callbacks/speed_monitor.py, of NVIDIA's datasheets"
-_TITAN = "github.com/pytorch/torchtitan@b5bcd76 torchtitan/tools/utils.py, from the vendors' pages"
-_NANOCHAT = "github.com/karpathy/nanochat@92d63d4 nanochat/common.py"
-
-# By the name that torch.cuda.get_device_name gives. What sources disagree about is left out, as docs/measures.md says;
-# of an H20, all but bfloat16. float32 is the rate without tensor cores on NVIDIA, tfloat32 that with them.
-ACCELERATORS: dict[str, Accelerator] = {
-    "Tesla V100-SXM2-16GB": _part(_LIGHTNING, 16, float32=15.7),
-    "Tesla V100-SXM2-32GB": _part(_LIGHTNING, 32, float32=15.7),
-    "Tesla V100-PCIE-16GB": _part(_LIGHTNING, 16, float32=14.0),
-    "Tesla V100-PCIE-32GB": _part(_LIGHTNING, 32, float32=14.0),
-    "Tesla T4": _part(_LIGHTNING, 16, float32=8.1),
-    "NVIDIA A100-SXM4-40GB": _part(_STAS, 40, float32=19.5, tfloat32=156, bfloat16=312),
-    "NVIDIA A100-SXM4-80GB": _part(_STAS, 80, float32=19.5, tfloat32=156, bfloat16=312),
-    "NVIDIA A100-PCIE-40GB": _part(_STAS, 40, float32=19.5, tfloat32=156, bfloat16=312),
-    "NVIDIA A100 80GB PCIe": _part(_STAS, 80, float32=19.5, tfloat32=156, bfloat16=312),
-    "NVIDIA A10": _part(_LIGHTNING, 24, float32=31.2, tfloat32=62.5, bfloat16=125),
-    "NVIDIA A40": _part(_COMPOSER, 48, float32=37.4, tfloat32=74.8, bfloat16=149.7),
-    "NVIDIA RTX A6000": _part(_TITAN, 48, float32=38.7, tfloat32=77.4, bfloat16=154.85),  # 309.7 is with sparsity
-    "NVIDIA L4": _part(_LIGHTNING, 24, float32=30.3, tfloat32=60, bfloat16=121),
-    "NVIDIA L40": _part(_LIGHTNING, 48, float32=90.5, tfloat32=90.5, bfloat16=181),
-    "NVIDIA L40S": _part(_STAS, 48, float32=91.6, tfloat32=183, bfloat16=362),
-    "NVIDIA GeForce RTX 3090": _part(_NANOCHAT, 24, float32=35.6, tfloat32=35.6, bfloat16=71),
-    "NVIDIA GeForce RTX 4090": _part(_NANOCHAT, 24, float32=82.58, tfloat32=82.58, bfloat16=165.2),
-    "NVIDIA GeForce RTX 5090": _part(_NANOCHAT, 32, float32=104.8, bfloat16=209.5),
-    "NVIDIA H20": _part(_TITAN, 96, bfloat16=148),
-    "NVIDIA H100 80GB HBM3": _part(_STAS, 80, float32=67, tfloat32=494.5, bfloat16=989),  # SXM5; 1979 is with sparsity
-    "NVIDIA H100 PCIe": _part(_STAS, 80, float32=51, tfloat32=378, bfloat16=756),
-    "NVIDIA H100 NVL": _part(_TITAN, 94, float32=60, tfloat32=417.5, bfloat16=835),
-    "NVIDIA H200": _part(_STAS, 141, float32=67, tfloat32=494.5, bfloat16=989),
-    "NVIDIA GH200 480GB": _part(_STAS, 96, float32=67, tfloat32=494.5, bfloat16=989),  # 480 GB are the host's
-    "NVIDIA B200": _part(_STAS, 180, bfloat16=2250),
-    "NVIDIA GB200": _part(_STAS, 186, bfloat16=2500),  # one of the two GPUs of a superchip, as torch sees them
-    "NVIDIA B300 SXM6 AC": _part(_STAS, 288, bfloat16=2250),
-    "NVIDIA GB300": _part(_STAS, 288, bfloat16=2500),
-    "AMD Instinct MI250X": _part(_TITAN, 64, bfloat16=191.5),  # a torch device is one of its two dies
-    "AMD Instinct MI300X": _part(_STAS, 192, float32=163.4, bfloat16=1307.4),
-    "AMD Instinct MI300X OAM": _part(_STAS, 192, float32=163.4, bfloat16=1307.4),
-    "AMD Instinct MI325X": _part(_STAS, 256, float32=163.4, bfloat16=1307.4),
-    "AMD Instinct MI350X": _part(_STAS, 288, float32=144.2, bfloat16=2300),
-    "AMD Instinct MI355X": _part(_STAS, 288, float32=157.3, bfloat16=2500),
-}
+ACCELERATORS = _accelerators()  # by the name that torch.cuda.get_device_name gives
 
 
 def peak_flops(device_name: str, dtype: str) -> Peak:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from parallel.collectives import gathered
+from parallel.measure.flops import model_flops_per_token
 from parallel.mesh import local_part, slice_like, split_dim
 from parallel.recipe import Recipe
 from parallel.transformer import Transformer, cross_entropy
@@ -22,6 +23,7 @@ from parallel.weights import load_initial_weights
 
 TOLERANCE = 1e-10  # what float64 gives is near 1e-15
 MAX_REFERENCE_FLOPS = 2e12  # one step of one process in float64: some 20 s on one core
+MAX_SCORES_BYTES = 4 * 2**30
 
 
 @dataclass
@@ -32,7 +34,7 @@ class Reference:
     gradients: dict[str, Tensor]
 
 
-def parity_recipe(recipe: Recipe) -> tuple[Recipe, str]:
+def parity_recipe(recipe: Recipe, *, on_cuda: bool = False) -> tuple[Recipe, str]:
     """The recipe to prove `recipe` with, and what its reference is, in words.
 
     In float64, with the attention kernel that has it, else as it is. A model too large for one process keeps its
@@ -43,8 +45,10 @@ def parity_recipe(recipe: Recipe) -> tuple[Recipe, str]:
     model, parallel = recipe.model, recipe.parallel
     plain = recipe.train.compile == "inductor" and not (parallel.cp > 1 and recipe.context.zigzag)
     train = replace(recipe.train, dtype="float64", attention="math" if plain else "auto")
-    matrices = model.n_layers * model.block_matrices + model.vocab_size * model.d_model
-    if 6 * matrices * train.global_batch * train.seq_len <= MAX_REFERENCE_FLOPS:
+    flops = model_flops_per_token(model, seq_len=train.seq_len).full * train.global_batch * train.seq_len
+    plain_products = on_cuda or train.attention == "math"  # which keep all scores of a sequence
+    scores_bytes = 8 * model.n_layers * model.n_heads * train.seq_len**2 if plain_products else 0
+    if flops <= MAX_REFERENCE_FLOPS and scores_bytes <= MAX_SCORES_BYTES:
         return replace(recipe, train=train), "one process, same model and batch"
     layers = min(model.n_layers, recipe.n_stages + (model.n_layers % recipe.n_stages > 0))
     width, vocabulary = 8 * model.n_heads, min(model.vocab_size, 64 * parallel.tp + model.vocab_size % parallel.tp)

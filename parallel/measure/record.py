@@ -45,9 +45,10 @@ class Environment:
     cpu: str | None = None
     cores: int | None = None
     accelerators: list[str] | None = None
-    device: str | None = None  # what the run chose, known to its ranks alone: device, backend and data
+    device: str | None = None  # what the run chose, known to its ranks alone: device, backend, data and note
     backend: str | None = None
     data: str | None = None
+    note: str | None = None  # why GPUs of the host were not used
 
 
 @dataclass(kw_only=True)

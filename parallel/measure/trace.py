@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from parallel.collectives import gathered
@@ -21,9 +22,10 @@ from parallel.process import say
 class Trace(Observer):
     """Each rank writes its trace of step `number` to `folder`/trace-rank-<r>.json.gz."""
 
-    def __init__(self, folder: Path, device: torch.device, *, number: int, clock: Clock) -> None:
+    def __init__(self, folder: Path, device: torch.device, *, mesh: DeviceMesh, number: int, clock: Clock) -> None:
         self._path, self._device = folder / f"trace-rank-{dist.get_rank()}.json.gz", device
         self._number, self._clock = number, clock
+        self._pipeline = mesh.get_group("pp").group_desc if mesh["pp"].size() > 1 else ""
 
     @contextlib.contextmanager
     def step(self, step: Step) -> Iterator[None]:
@@ -40,11 +42,14 @@ class Trace(Observer):
 
     def report(self, record: Record) -> None:
         if self._device.type == "cuda":
-            record.throughput.step_parts = mean_parts(gathered(parts_of_trace(self._path)))
+            record.throughput.step_parts = mean_parts(gathered(parts_of_trace(self._path, pipeline=self._pipeline)))
 
 
-def parts_of_trace(path: Path) -> tuple[float, float, float] | None:
-    """Compute, exposed communication and idle seconds of the traced step (docs/measures.md); None without a GPU."""
+def parts_of_trace(path: Path, *, pipeline: str) -> tuple[float, float, float] | None:
+    """Compute, exposed communication and idle seconds of the traced step (docs/measures.md); None without a GPU.
+
+    pipeline: description of the group whose messages are waited for as for a stage, not as for bytes.
+    """
     with gzip.open(path, "rt", encoding="utf-8") as file:
         events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
     kernels = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
@@ -58,7 +63,7 @@ def parts_of_trace(path: Path) -> tuple[float, float, float] | None:
         interval = (start, max(start, kernel["ts"] + kernel["dur"]))
         if not kernel["name"].startswith("nccl"):
             compute.append(interval)
-        elif "SendRecv" not in kernel["name"]:
+        elif "SendRecv" not in kernel["name"] or kernel["args"].get("Process Group Description") != pipeline:
             collectives.append(interval)
     compute_us, either_us = length(union(compute)), length(union(compute + collectives))
     return compute_us / 1e6, (either_us - compute_us) / 1e6, max(0.0, step["dur"] - either_us) / 1e6

@@ -278,17 +278,22 @@ def _flash_serves(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> bool:
     return torch.backends.cuda.can_use_flash_attention(params)
 
 
+def _padded(x: Tensor) -> Tensor:
+    """With a last dim in multiples of 8."""
+    return F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x  # a pad by nothing copies
+
+
 def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     """FlashAttention on CUDA, which wants head_dim in multiples of 8 and groups queries itself."""
     head_dim = q.shape[-1]
-    q, k, v = (F.pad(x, (0, -head_dim % 8)) for x in (q, k, v))
+    q, k, v = (_padded(x) for x in (q, k, v))
     out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=head_dim**-0.5)
     return out[..., :head_dim], lse
 
 
 def _flash_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool) -> Gradients:
     head_dim, n_queries, n_keys = q.shape[-1], q.shape[2], k.shape[2]
-    grad, q, k, v, out = (F.pad(x, (0, -head_dim % 8)) for x in (grad, q, k, v, out))
+    grad, q, k, v, out = (_padded(x) for x in (grad, q, k, v, out))
     no_dropout = lse.new_empty(0)  # stands for its random state, which is not read
     parts = aten._scaled_dot_product_flash_attention_backward(
         grad, q, k, v, out, lse.contiguous(), None, None, n_queries, n_keys, 0.0, causal, no_dropout, no_dropout,

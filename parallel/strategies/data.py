@@ -1,4 +1,4 @@
-"""Data parallelism: every rank holds all weights, takes its own sequences, and averages gradients with the others.
+"""Data parallelism: every rank holds all weights, takes its own sequences, and adds its gradients to the others'.
 
 Gradients live in a few flat buckets, in the order in which backward makes them, so that one all-reduce carries many,
 and starts while backward still works on the rest (Li et al. 2020, arXiv:2006.15704). It is torch's
@@ -18,7 +18,7 @@ from parallel.recipe import Recipe
 
 
 class GradientBuckets:
-    """Averages the gradients of `parameters` over `group`, once a step, when all microbatches have added to them.
+    """Sums the gradients of `parameters` over `group`, once a step, when all microbatches have added to them.
 
     After construction p.grad of each parameter is a view into a bucket, and must stay it: zero it with `zero`.
     """
@@ -52,7 +52,7 @@ class GradientBuckets:
         bucket.work = dist.all_reduce(bucket.gradients, group=self.group, async_op=True)
 
     def finish(self) -> None:
-        """Waits until every gradient is the average. Buckets that no hook has sent are sent here."""
+        """Waits until every gradient is the sum. Buckets that no hook has sent are sent here."""
         for bucket in self.buckets:
             if bucket.work is None:
                 self.send(bucket)
@@ -60,7 +60,6 @@ class GradientBuckets:
             assert bucket.work is not None
             bucket.work.wait()
             bucket.work = None
-            bucket.gradients.div_(self.group.size())
 
 
 class _Bucket:
