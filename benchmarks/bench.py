@@ -10,13 +10,14 @@ ours over theirs; below 1 is less. Memory is the largest resident set of any ran
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
+
+from launch.starting import free_port
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """
@@ -53,22 +54,19 @@ class Figures(NamedTuple):
 
 def run_ranks(command: list[str], n_ranks: int, folder: Path) -> tuple[list[str], float]:
     """What each rank printed, and the largest resident set in MiB."""
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        port = held.getsockname()[1]
-    processes = []
-    for rank in range(n_ranks):
-        environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **os.environ, "RANK": str(rank)}
-        environment |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(n_ranks), "LOCAL_WORLD_SIZE": str(n_ranks)}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        with open(folder / f"out-{rank}", "wb") as out:
-            processes.append(subprocess.Popen(command, env=environment, stdout=out))
-    rss = []
-    for process in processes:
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            raise SystemExit(f"{' '.join(command)} ended with status {status}")
-        rss.append(usage.ru_maxrss / 1024)
+    processes, rss = [], []
+    with free_port() as port:
+        for rank in range(n_ranks):
+            environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **os.environ, "RANK": str(rank)}
+            environment |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(n_ranks), "LOCAL_WORLD_SIZE": str(n_ranks)}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            with open(folder / f"out-{rank}", "wb") as out:
+                processes.append(subprocess.Popen(command, env=environment, stdout=out))
+        for process in processes:
+            _, status, usage = os.wait4(process.pid, 0)
+            if status:
+                raise SystemExit(f"{' '.join(command)} ended with status {status}")
+            rss.append(usage.ru_maxrss / 1024)
     return [(folder / f"out-{rank}").read_text() for rank in range(n_ranks)], max(rss)
 
 

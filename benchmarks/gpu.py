@@ -18,7 +18,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from launch.starting import free_port
 from launch.table import table
 from parallel.batches import corpus_of, rows_of_replica, token_batch
 from parallel.dryrun import dry_run_rank
@@ -247,15 +247,13 @@ def show_large(result: dict[str, Any]) -> str:
 def proofs(n_ranks: int, settings: list[str], *, tiny: bool) -> dict[str, Any]:
     if "RANK" in os.environ:
         proofs_of_rank(load_recipe(ROOT / "benchmarks" / "first-contact.toml", [*settings, *SMALL * tiny]))
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        port = held.getsockname()[1]
-    known = os.environ | {"WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen([sys.executable, *sys.argv], env=known | {"RANK": str(rank)}, stdout=subprocess.PIPE)
-        for rank in range(n_ranks)
-    ]
-    printed = [rank.communicate()[0] for rank in ranks]
+    with free_port() as port:
+        known = os.environ | {"WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        ranks = [
+            subprocess.Popen([sys.executable, *sys.argv], env=known | {"RANK": str(rank)}, stdout=subprocess.PIPE)
+            for rank in range(n_ranks)
+        ]
+        printed = [rank.communicate()[0] for rank in ranks]
     if any(rank.returncode for rank in ranks):
         sys.exit(next(rank.returncode for rank in ranks if rank.returncode))  # it has said why
     return dict(json.loads(printed[0].splitlines()[-1]))

@@ -23,7 +23,7 @@ def choose_device(recipe: Recipe, store: dist.Store | None = None) -> tuple[torc
     """
     train, attention, gpus = recipe.train, recipe.train.attention, torch.cuda.device_count()
     index, lack = 0, None if gpus else "this host has no GPU"
-    if store is not None:
+    if store is not None and train.device != "cpu":  # who asks for the CPU need not wake a GPU
         index, lack = _gpu_among_ranks(gpus, store, recipe.world_size)
     if train.device == "cuda" and lack:
         raise RecipeError("train.device", "cuda", f"{lack}; use auto, or give each rank a GPU")
