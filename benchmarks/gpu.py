@@ -29,14 +29,12 @@ import torch.distributed as dist
 
 from launch.starting import free_port
 from launch.table import table
-from parallel.batches import corpus_of, rows_of_replica, token_batch
 from parallel.dryrun import dry_run_rank
 from parallel.engines.engine import run_step
 from parallel.engines.native import NativeEngine
 from parallel.measure.clock import Clock
 from parallel.measure.counters import Counters
 from parallel.measure.observer import Step
-from parallel.measure.parity import compare_with_reference, parity_recipe, reference_gradients
 from parallel.measure.record import environment, finite, read_records
 from parallel.mesh import build_mesh
 from parallel.proof import prove
@@ -260,24 +258,11 @@ def proofs(n_ranks: int, settings: list[str], *, tiny: bool) -> dict[str, Any]:
 
 
 def proofs_of_rank(recipe: Recipe) -> NoReturn:
-    """Prints the float64 proof, and how near the gradients are that training itself computes, with its own kernels."""
     dist.init_process_group("gloo")
     mesh = build_mesh(recipe, DEVICE.type)
     parity = prove(recipe, mesh=mesh, device=DEVICE)
-    proof, _ = parity_recipe(recipe, on_cuda=CUDA)
-    corpus, whole = corpus_of(proof), range(proof.train.global_batch)
-    reference = None
     if dist.get_rank() == 0:
-        reference = reference_gradients(proof, *token_batch(corpus, proof, 0, whole, DEVICE))
-    train = dataclasses.replace(proof.train, dtype=recipe.train.dtype, attention=recipe.train.attention)
-    trained = dataclasses.replace(proof, train=train)
-    engine = NativeEngine(trained, mesh=mesh, device=DEVICE)
-    loss = engine.gradients(*token_batch(corpus, trained, 0, rows_of_replica(trained, mesh), DEVICE)).item()
-    near = compare_with_reference(engine.gradient, loss, reference, device=DEVICE)
-    if near is not None:
-        found = {"trained_dtype": train.dtype, "trained_max_rel_grad_diff": near["max_rel_grad_diff"]}
-        found["trained_passed"] = near["max_rel_grad_diff"] <= (3e-2 if train.dtype == "bfloat16" else 1e-3)
-        print(json.dumps(finite(dataclasses.asdict(parity) | found)), flush=True)
+        print(json.dumps(finite(dataclasses.asdict(parity))), flush=True)
     dist.barrier()
     os._exit(0)  # gloo's threads can abort at the interpreter's own end (pytorch issue 190489)
 
@@ -290,7 +275,8 @@ def show_proofs(result: dict[str, Any]) -> str:
         ("float64", result["passed"], result["max_rel_grad_diff"]),
         (result["trained_dtype"], result["trained_passed"], result["trained_max_rel_grad_diff"]),
     ):
-        said.append(f"{dtype} {'passed' if passed else 'FAILED'} {difference:.1e}")
+        if dtype:  # on a CPU, float32 has the kernels of float64
+            said.append(f"{dtype} {'passed' if passed else 'FAILED'} {difference:.1e}")
     return f"{result['case']:26} {'  '.join(said)}"
 
 

@@ -168,6 +168,10 @@ def remark_on(record: Mapping[str, Any]) -> str:
         return "\n".join([_wrapped(f"{name}: {record['status']}: {reason}"), *(_wrapped(line, "    ") for line in log)])
     if record["parity"]["passed"] is False:
         return _wrapped(f"{name}: parity FAILED: its gradients are not those of one process")
+    if record["parity"]["trained_passed"] is False:
+        return _wrapped(
+            f"{name}: parity FAILED in its own precision: the kernels that train are not those of the proof"
+        )
     return ""
 
 

@@ -26,7 +26,10 @@ CONTRACT: dict[str, Any] = {
     "status": None,
     "reason": None,
     "kind": "measured",
-    "parity": {"reference", "dtype", "max_rel_grad_diff", "max_abs_loss_diff", "passed"},
+    "parity": {
+        *("reference", "dtype", "max_rel_grad_diff", "max_abs_loss_diff", "passed"),
+        *("trained_dtype", "trained_max_rel_grad_diff", "trained_passed"),
+    },
     "throughput": {
         "tokens_per_s",
         "tokens_per_s_per_rank",
@@ -41,6 +44,7 @@ CONTRACT: dict[str, Any] = {
         "model_flops_per_token",
         "model_flops_per_token_causal",
         "hardware_flops_per_token",
+        "attention_kernels",
         "mfu",
         "mfu_causal",
         "hfu",

@@ -115,6 +115,18 @@ def test_bfloat16_is_near_and_keeps_float32_weights_and_gradients(ranks: Ranks, 
     assert differences["max_abs_loss_diff"] < 3e-2
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_trains_is_proven_too_where_float64_has_other_kernels(ranks: Ranks, tmp_path: Path, dtype: str) -> None:
+    recipe = small_recipe(dtype, parallel=dict(tp=2), train=dict(steps=1))
+    parity = ranks(2, run, recipe, str(tmp_path))[0]["parity"]
+    assert parity["passed"] and parity["dtype"] == "float64"
+    if dtype == "float32":  # on a CPU all but bfloat16 have the same
+        assert parity["trained_dtype"] is parity["trained_passed"] is None
+    else:
+        assert parity["trained_dtype"] == dtype and parity["trained_passed"]
+        assert 1e-4 < parity["trained_max_rel_grad_diff"] < 3e-2
+
+
 def test_float32_trains_to_the_same_losses(ranks: Ranks, tmp_path: Path) -> None:
     steps = trained(ranks, tmp_path, LAYOUTS["hsdp·tp"], dtype="float32")
     alone = trained(ranks, tmp_path, {"model": LAYOUTS["hsdp·tp"]["model"]}, dtype="float32")
@@ -188,6 +200,8 @@ def test_attention_kernels_agree_and_only_plain_products_compute_what_the_mask_h
     assert losses[1] == pytest.approx(losses[0], rel=1e-9) and losses[2] == pytest.approx(losses[0], rel=1e-9)
     auto, flash, math = (record["flops"]["hardware_flops_per_token"] for record in runs.values())
     assert auto == flash < math
+    kernels = [record["flops"]["attention_kernels"] for record in runs.values()]
+    assert kernels == [["flash_attention_for_cpu"], ["flash_attention_for_cpu"], []]
 
 
 def test_a_kernel_that_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

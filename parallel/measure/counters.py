@@ -27,6 +27,7 @@ class Measures(NamedTuple):
     memory: dict[str, Any]  # peak_bytes, and parameters_bytes, ... at that peak; the CUDA allocator's own peaks
     traffic: list[dict[str, Any]] | None  # {mesh_dim, collective, calls, bytes_per_rank}
     actions: list[Action]  # of the pipeline, in order
+    attention_kernels: set[str]
 
 
 class Counters(Observer):
@@ -64,9 +65,10 @@ class Counters(Observer):
         log, tracker = TrafficLog(self._mesh), MemoryTracker(self._parameters, self._optimizer, device=self._device)
         with FlopCounter() as flops, nested([] if self._compiled else [log, tracker]):
             yield
-        memory = dict.fromkeys(tracker.peak()) if self._compiled else tracker.peak()
+        memory: dict[str, Any] = dict.fromkeys(tracker.peak()) if self._compiled else tracker.peak()
         traffic = None if self._compiled else log.rows()
-        self.measures = Measures(flops.flops, {**memory, **allocator_peaks(self._device)}, traffic, self._actions)
+        memory |= allocator_peaks(self._device)
+        self.measures = Measures(flops.flops, memory, traffic, self._actions, flops.attention)
 
     def around(self, action: Action) -> contextlib.AbstractContextManager[None]:
         if self._left == 0 and self._actions[-1:] != [action]:  # a loss goes on with the last stage's forward
@@ -101,6 +103,8 @@ def fill_in(
         record.flops = flops(peak=Peak(None, str(error)))
     if not counted:
         return
+    if record.kind == "measured":  # a dry run has those of a CPU
+        record.flops.attention_kernels = sorted(set[str]().union(*(one.attention_kernels for one in counted.values())))
     per_rank = [{"rank": rank, **one.memory} for rank, one in sorted(counted.items())]
     record.memory = Memory(per_rank=per_rank, step=step, note=note)
     peaks = [one["peak_bytes"] for one in per_rank]

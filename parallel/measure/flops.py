@@ -63,6 +63,7 @@ class FlopCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
+        self.attention: set[str] = set()  # kernels, as torch calls them
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -77,6 +78,8 @@ class FlopCounter(TorchDispatchMode):
         for i, operation in enumerate(call):  # wrapped, the operation and its arguments are the wrapper's last ones
             if isinstance(operation, OpOverload):
                 if count := COUNTS.get(operation._overloadpacket):
+                    if operation._opname.startswith(ATTENTION):
+                        self.attention.add(operation._opname.removeprefix(ATTENTION).removesuffix("_backward"))
                     self.flops += count(by_name(operation, call[i + 1 :], kwargs))
                 break
         return func(*args, **kwargs)
@@ -107,10 +110,11 @@ COUNTS = {
     aten.addmm: _product("mat1", "mat2"),
     aten.baddbmm: _product("batch1", "batch2"),
 }
+ATTENTION = "_scaled_dot_product_"
 for kernel in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"):
-    operation = getattr(aten, f"_scaled_dot_product_{kernel}")
+    operation = getattr(aten, ATTENTION + kernel)
     COUNTS[operation] = _attention(keys=1, values=1)  # scores, and their product with v
-    operation = getattr(aten, f"_scaled_dot_product_{kernel}_backward")
+    operation = getattr(aten, f"{ATTENTION}{kernel}_backward")
     COUNTS[operation] = _attention(keys=3, values=2)  # scores again, dQ, dK; dV, and the gradient of the scores
 
 

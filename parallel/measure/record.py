@@ -58,6 +58,9 @@ class Parity:
     max_rel_grad_diff: float | None = None
     max_abs_loss_diff: float | None = None
     passed: bool | None = None
+    trained_dtype: str | None = None  # where that has other kernels than float64: as near as it allows
+    trained_max_rel_grad_diff: float | None = None
+    trained_passed: bool | None = None
 
 
 @dataclass(kw_only=True)
@@ -84,6 +87,7 @@ class Flops:
     model_flops_per_token: int | None = None
     model_flops_per_token_causal: int | None = None
     hardware_flops_per_token: float | None = None
+    attention_kernels: list[str] | None = None  # those that ran, as torch calls them; none: plain matrix products
     mfu: float | None = None
     mfu_causal: float | None = None
     hfu: float | None = None
