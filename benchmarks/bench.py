@@ -70,19 +70,19 @@ def run_ranks(command: list[str], n_ranks: int, folder: Path) -> tuple[list[str]
     return [(folder / f"out-{rank}").read_text() for rank in range(n_ranks)], max(rss)
 
 
-def bare(strategy: str, n_ranks: int, steps: int) -> Figures:
+def bare(strategy: str, n_ranks: int, options: list[str]) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "benchmarks" / "bare.py"), strategy, f"--steps={steps}"]
+        command = [sys.executable, str(ROOT / "benchmarks" / "bare.py"), strategy, *options]
         printed, rss = run_ranks(command, n_ranks, Path(folder))
     ranks = [json.loads(text) for text in printed]
     return Figures(sum(r["cpu_seconds"] for r in ranks), max(r["wall_seconds"] for r in ranks), rss)
 
 
-def lab(n_ranks: int, steps: int, settings: list[str]) -> Figures:
+def lab(n_ranks: int, options: list[str], settings: list[str]) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "bench.toml").write_text(RECIPE)
         command = [sys.executable, "-P", "-m", "launch.train", f"{folder}/bench.toml", f"--out={folder}"]
-        command += [f"--set={setting}" for setting in (*settings, f"train.steps={steps}")]
+        command += [*options, *(f"--set={setting}" for setting in settings)]
         _, rss = run_ranks(command, n_ranks, Path(folder))
         speed = json.loads((Path(folder) / "bench" / "record.json").read_text())["throughput"]
     return Figures(speed["cpu_seconds_per_step"], speed["step_seconds"]["median"], rss)
@@ -93,7 +93,9 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default: all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=13, help="of which the first 3 are not timed")
+    parser.add_argument("--matmul", choices=("highest", "medium"), default="highest", help="float32 products of both")
     arguments = parser.parse_args()
+    matmul, steps = f"--matmul={arguments.matmul}", arguments.steps
     unknown = [case for case in arguments.cases if case not in CASES]
     if unknown:
         raise SystemExit(f"unknown case {unknown[0]}; known: {', '.join(CASES)}")
@@ -103,8 +105,8 @@ def main() -> None:
         strategy, n_ranks, settings = CASES[case]
         theirs, ours = [], []
         for _ in range(arguments.rounds):
-            theirs.append(bare(strategy, n_ranks, arguments.steps))
-            ours.append(lab(n_ranks, arguments.steps, settings))
+            theirs.append(bare(strategy, n_ranks, [matmul, f"--steps={steps}"]))
+            ours.append(lab(n_ranks, [matmul], [*settings, f"train.steps={steps}"]))
         ratios = [our.cpu_seconds / their.cpu_seconds for our, their in zip(ours, theirs, strict=True)]
         spread = f"{statistics.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}]"
         (bare_cpu, bare_wall, bare_rss), (lab_cpu, lab_wall, lab_rss) = (

@@ -141,7 +141,7 @@ def run_comparison(
     prepare_comparison(folder, comparison.name, [variant.name for variant in comparison.variants], keep=done)
     n, n_run, n_left = len(comparison.variants), 0, len(comparison.variants) - len(done)
     start = time.monotonic()
-    records = []
+    records: list[dict[str, Any]] = []
     for number, variant in enumerate(comparison.variants, start=1):
         if variant.name in done:
             say(f"[{number}/{n}] {variant.name}  (done before)")
@@ -150,10 +150,18 @@ def run_comparison(
             elapsed = time.monotonic() - start
             left = f", about {_clock(elapsed / n_run * (n_left - n_run))} left" if n_run else ""
             say(f"[{number}/{n}] {variant.name}  ({_clock(elapsed)} elapsed{left})")
-            records.append(_run_variant(variant, folder, options))
+            records.append(_run_variant(variant, folder, [*options, *_settled(options, [*done.values(), *records])]))
             n_run += 1
         say(progress_line(records[-1]))
     return records
+
+
+def _settled(options: Sequence[str], records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a row has found out for all: float32 products of two kinds would make rows unlike."""
+    if "--matmul" in options:
+        return []
+    found = (record["environment"].get("float32_matmul") for record in records)
+    return next((["--matmul", precision] for precision in found if precision in ("highest", "medium")), [])
 
 
 def predict(comparison: Comparison, *, out: Path, say: Callable[[str], None]) -> None:

@@ -190,10 +190,12 @@ def _compared(records: Sequence[Mapping[str, Any]]) -> str:
         return " / ".join(found[:4]) + (" / ..." if len(found) > 4 else "") if found else "?"
 
     parts = [record["recipe"] | {key: record[key] for key in ("environment", "parity")} for record in records]
+    matmul = each("environment", "float32_matmul")
+    products = "" if matmul == "?" else f", float32 products {matmul}"
     return (
         f"Model {each('model', 'preset')} ({each('model', 'n_layers')} layers, d_model {each('model', 'd_model')}),"
         f" {each('train', 'dtype')}, global batch {each('train', 'global_batch')} sequences of"
         f" {each('train', 'seq_len')} tokens, {each('train', 'steps')} steps, on {each('environment', 'device')}"
         f" (host: {each('environment', 'cores')} cores of {each('environment', 'cpu')}),"
-        f" torch {each('environment', 'torch')}. Parity against {each('parity', 'reference')}."
+        f" torch {each('environment', 'torch')}{products}. Parity against {each('parity', 'reference')}."
     )

@@ -72,6 +72,8 @@ def add_rank_options(parser: argparse.ArgumentParser) -> None:
     peak = "dense FLOP/s of one rank's device, as 989e12, for MFU where its datasheet is not known"
     add("--peak-flops", metavar="FLOPS", type=float, help=peak)
     add("--profile", action="store_true", help="each rank writes a trace of step 4, which ui.perfetto.dev shows")
+    matmul = "float32 products on a CPU; default: the faster that is exact, the same in all rows of a comparison"
+    add("--matmul", choices=("highest", "medium"), help=matmul)
     add("--out", metavar="DIR", type=Path, default=Path("runs"), help="results; default: runs")
 
 
@@ -80,7 +82,9 @@ def rank_options(arguments: argparse.Namespace) -> list[str]:
     peak_flops = arguments.peak_flops
     if peak_flops is not None and not 0 < peak_flops < math.inf:
         raise RecipeError("--peak-flops", peak_flops, "give the dense FLOP/s of one device, as 989e12")
-    return ["--profile"] * arguments.profile + ([] if peak_flops is None else ["--peak-flops", repr(peak_flops)])
+    given = {"--peak-flops": None if peak_flops is None else repr(peak_flops), "--matmul": arguments.matmul}
+    options = [word for option, value in given.items() if value is not None for word in (option, value)]
+    return ["--profile"] * arguments.profile + options
 
 
 def progress(arguments: argparse.Namespace) -> Callable[[str], None]:

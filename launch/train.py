@@ -11,8 +11,9 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from launch.folder import RUN_FILES, refuse_other_folder, remove_results
 from launch.terminal import CommandError, Parser, add_rank_options, add_settings, printable, rank_options
@@ -50,15 +51,16 @@ def main(argv: list[str]) -> int:
         if rank == 0:
             print(f"launch.train: {printable(error)}", file=sys.stderr)
         return 2
-    return run(recipe, folder, rank, peak_flops=arguments.peak_flops, profile=arguments.profile)
+    options = {key: getattr(arguments, key) for key in ("peak_flops", "profile", "matmul")}
+    return run(recipe, folder, rank, options)
 
 
-def run(recipe: Recipe, folder: Path, rank: int, *, peak_flops: float | None, profile: bool) -> int:
+def run(recipe: Recipe, folder: Path, rank: int, options: Mapping[str, Any]) -> int:
     """Trains; whatever goes wrong is printed, and recorded by the first rank that it happens to."""
     try:
         from parallel.training import train  # after the checks: torch takes seconds to import
 
-        train(recipe, out=folder, peak_flops=peak_flops, profile=profile)
+        train(recipe, out=folder, **options)
         return 0
     except RecipeError as error:  # what only this host could tell: no such device, no such data
         if record_failure(recipe, folder, "refused", str(error)):

@@ -13,7 +13,7 @@ from parallel.engines.engine import run_step
 from parallel.engines.native import NativeEngine
 from parallel.measure.clock import WARM_UP_STEPS, Clock
 from parallel.measure.counters import Counters, fill_in
-from parallel.measure.hardware import matmul_ceiling, peak_of_rank
+from parallel.measure.hardware import faster_float32_matmul, float32_matmul, matmul_ceiling, peak_of_rank
 from parallel.measure.journal import FiniteCheck, Journal, Progress
 from parallel.measure.observer import Step
 from parallel.measure.record import Record, write_record
@@ -26,17 +26,23 @@ from parallel.recipe import Recipe
 
 
 def train(
-    recipe: Recipe, *, out: Path, peak_flops: float | None = None, profile: bool = False
+    recipe: Recipe, *, out: Path, peak_flops: float | None = None, profile: bool = False, matmul: str | None = None
 ) -> dict[str, Any] | None:
     """Runs `recipe` as one rank of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them.
 
     Rank 0 prints a line per step, appends it to out/steps.jsonl, and writes out/record.json, which it also returns.
     peak_flops: of one rank's device, FLOP/s, where its datasheet peak is not known or not what is wanted.
     profile: each rank writes a trace of the fourth step, or of the last one before, to out/trace-rank-<r>.json.gz.
+    matmul: torch's precision of float32 products on a CPU; None: the faster one that is exact to 1e-6.
     Raises RecipeError for what only the host can tell: no such device, no such data; and Diverged.
     """
     with process_group(recipe) as (device, unused):
-        return train_in_group(recipe, out=out, device=device, peak_flops=peak_flops, profile=profile, note=unused)
+        if device.type != "cpu" or recipe.train.dtype != "float32":
+            matmul = "highest"
+        elif matmul is None:
+            matmul = gathered(faster_float32_matmul() if dist.get_rank() == 0 else "")[0]
+        with float32_matmul(matmul):
+            return train_in_group(recipe, out=out, device=device, peak_flops=peak_flops, profile=profile, note=unused)
 
 
 def train_in_group(
@@ -62,6 +68,8 @@ def train_in_group(
     record.environment.backend = dist.get_backend()
     record.environment.data = corpus.description
     record.environment.note = note
+    if device.type == "cpu" and recipe.train.dtype == "float32":
+        record.environment.float32_matmul = torch.get_float32_matmul_precision()
     if note:
         say(f"warning: {note}")
     say(f"{recipe.name}: {dist.get_world_size()} ranks on {device.type} with {dist.get_backend()}")

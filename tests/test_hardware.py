@@ -126,3 +126,21 @@ def test_ceiling_is_the_rate_of_the_products_it_ran(monkeypatch: pytest.MonkeyPa
 def test_ceiling_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "CEILING_SECONDS", 0.1)
     assert 1e8 < matmul_ceiling(CPU, torch.float32) < 1e13
+
+
+@pytest.mark.parametrize(
+    ("rates", "exact_to", "chosen"),
+    [
+        ({"highest": 100e9, "medium": 240e9}, 1e-6, "medium"),
+        ({"highest": 100e9, "medium": 105e9}, 1e-6, "highest"),  # noise
+        ({"highest": 100e9, "medium": 240e9}, 1e-9, "highest"),  # as where "medium" is bfloat16
+    ],
+)
+def test_float32_products_are_the_faster_ones_that_are_exact(
+    monkeypatch: pytest.MonkeyPatch, rates: dict[str, float], exact_to: float, chosen: str
+) -> None:
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(hardware, "LARGEST_ERROR", exact_to)
+    monkeypatch.setattr(hardware, "matmul_ceiling", lambda *_, seconds: rates[torch.get_float32_matmul_precision()])
+    assert hardware.faster_float32_matmul() == chosen
+    assert torch.get_float32_matmul_precision() == before

@@ -50,7 +50,7 @@ def book(pid):
     with open(os.environ["PIDS"], "a") as file:
         file.write(f"{pid}\\n")
 
-def train(recipe, *, out, peak_flops, profile):
+def train(recipe, *, out, peak_flops, profile, matmul):
     book(os.getpid())
     print(f"rank {RANK} of {os.environ['WORLD_SIZE']}, threads {os.environ['OMP_NUM_THREADS']}", flush=True)
     if RANK == 0:
@@ -86,6 +86,7 @@ def train(recipe, *, out, peak_flops, profile):
         raise RecipeError("train.device", "cuda", "needs 3 GPUs on this host, which has 0; use auto")
     if RANK == 0 and what != "silent":
         record = new_record(recipe) | {"status": "ok", "steps": read_steps(out / "steps.jsonl")}
+        record["environment"] |= {"float32_matmul": matmul or "medium", "note": f"asked for {matmul}"}
         record["parity"] |= {"passed": what != "differs", "max_rel_grad_diff": 1.5e-15, "max_abs_loss_diff": 0.0}
         write_record(out / "record.json", record)
     if what == "dies-late" and RANK == 2:
@@ -573,7 +574,8 @@ def test_settings_may_be_written_either_way_and_the_command_line_has_the_last_wo
         (["run", "base.toml", "--sett", "a=b"], "unknown argument '--sett' of lab run; did you mean --set?"),
         (
             ["run", "base.toml", "--resume"],
-            "unknown argument '--resume' of lab run; known: --json, --nproc, --out, --peak-flops, --profile, --set",
+            "unknown argument '--resume' of lab run; "
+            "known: --json, --matmul, --nproc, --out, --peak-flops, --profile, --set",
         ),
         (["check", "base.toml", "--out", "x"], "unknown argument '--out' of lab check; known: --json, --memory, --set"),
         (["check", "base.toml", "--memory", "80"], "--memory = '80': give a number and KiB, MiB, GiB, TiB"),
@@ -825,6 +827,25 @@ def test_a_run_that_diverges_has_failed_and_says_at_which_step(tmp_path: Path) -
     assert None in (record["steps"][-1]["loss"], record["steps"][-1]["grad_norm"])
     assert record["throughput"] == new_record({})["throughput"] and record["flops"]["mfu"] is None
     assert "Diverged: step" in err
+
+
+def test_the_first_row_of_a_comparison_chooses_the_float32_products_of_all(lab: Lab) -> None:
+    file = comparison_file(lab, "first", "second", "third")
+    assert lab("compare", file)[0] == 0
+    asked = [lab.record("trio", name)["environment"]["note"] for name in ("first", "second", "third")]
+    assert asked == ["asked for None", "asked for medium", "asked for medium"]
+    assert "float32 products medium" in " ".join((lab.folder / "runs/trio/table.txt").read_text().split())
+    _, _, err = lab("compare", file, "--matmul", "lowest")
+    assert "invalid choice: 'lowest'" in err
+    assert lab("compare", file, "--matmul", "highest")[0] == 0
+    assert lab.record("trio", "first")["environment"]["note"] == "asked for highest"
+
+
+def test_float32_trains_with_the_products_asked_for(tmp_path: Path) -> None:
+    recipe = str(RECIPES / "strategies" / "fsdp.toml")
+    settings = ("--set", "train.steps=3", "--set", "train.parity=false", "--matmul", "medium", "--json")
+    out, err = real_lab(tmp_path, "launch.cli", "run", recipe, *settings).communicate(timeout=120)
+    assert json.loads(out)["environment"]["float32_matmul"] == "medium", err
 
 
 def test_torchrun_trains_the_same(tmp_path: Path) -> None:

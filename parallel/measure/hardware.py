@@ -3,9 +3,11 @@
 Nothing here is guessed, for that makes an MFU that is wrong by a factor of two or three without a word.
 """
 
+import contextlib
 import itertools
 import time
 import tomllib
+from collections.abc import Iterator
 from importlib.resources import files
 from typing import NamedTuple
 
@@ -13,6 +15,8 @@ import torch
 
 from parallel.measure.record import available_cores
 
+PRECISIONS = ("highest", "medium")  # of float32 products in torch; on a CPU "medium" lets oneDNN do them
+LARGEST_ERROR = 1e-6  # relative, against float64
 CEILING_SECONDS = 0.3  # per measurement; long enough to catch a moment in which nothing else runs
 CPU_SIZES = (256, 512, 1024)
 CUDA_SIZES = (4096, 8192)
@@ -75,15 +79,41 @@ def peak_of_rank(
     return Peak(matmul_ceiling_flops * share, source)
 
 
-def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """The fastest product of two square matrices seen within CEILING_SECONDS on `device`, in FLOP/s.
+@contextlib.contextmanager
+def float32_matmul(precision: str) -> Iterator[None]:
+    """Within, products of float32 are done in this one of PRECISIONS."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def faster_float32_matmul() -> str:
+    """That one of PRECISIONS which is clearly faster on this CPU, if it is as exact as float32 should be.
+
+    Where a CPU does "medium" in bfloat16, its error tells.
+    """
+    a, b = torch.randn(2, 512, 512)
+    exact = a.double() @ b.double()
+    rates = {}
+    for precision in PRECISIONS:
+        with float32_matmul(precision):
+            error = ((a @ b).double() - exact).norm() / exact.norm()
+            rates[precision] = matmul_ceiling(torch.device("cpu"), torch.float32, seconds=CEILING_SECONDS / 5)
+    return "medium" if error <= LARGEST_ERROR and rates["medium"] > 1.1 * rates["highest"] else "highest"
+
+
+def matmul_ceiling(device: torch.device, dtype: torch.dtype, *, seconds: float | None = None) -> float:
+    """The fastest product of two square matrices seen within CEILING_SECONDS, or `seconds`, on `device`, in FLOP/s.
 
     The best of many, because whatever else runs can only slow one down; other ranks on a CPU must wait meanwhile.
     """
     sizes, calls = (CUDA_SIZES, 10) if device.type == "cuda" else (CPU_SIZES, 1)  # a GPU is asked for several at once
     factors = [torch.randn(2, n, n, device=device).to(dtype) for n in sizes]
     synchronize = torch.get_device_module(device).synchronize
-    best, deadline = 0.0, time.perf_counter() + CEILING_SECONDS
+    best, deadline = 0.0, time.perf_counter() + (seconds or CEILING_SECONDS)
     for a, b in itertools.cycle(factors):
         synchronize(device)
         start = time.perf_counter()

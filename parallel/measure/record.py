@@ -45,9 +45,10 @@ class Environment:
     cpu: str | None = None
     cores: int | None = None
     accelerators: list[str] | None = None
-    device: str | None = None  # what the run chose, known to its ranks alone: device, backend, data and note
+    device: str | None = None  # what the run chose, known to its ranks alone: device and what follows
     backend: str | None = None
     data: str | None = None
+    float32_matmul: str | None = None  # on a CPU: torch's precision of float32 products
     note: str | None = None  # why GPUs of the host were not used
 
 
