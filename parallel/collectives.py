@@ -1,7 +1,8 @@
 """The collectives that strategies use, on one dim of a tensor, under the names of torch 2.11 to 2.13.
 
 They are torch's functional ones, which return a new tensor: where the forward of an autograd.Function works in place,
-torch.compile of torch 2.11 silently loses the gradient.
+torch.compile of torch 2.11 silently loses the gradient. Where nothing is compiled, the most frequent one goes without
+their wrapper.
 """
 
 from collections.abc import Callable
@@ -31,6 +32,10 @@ def reduce_scatter(x: Tensor, *, dim: int, group: dist.ProcessGroup) -> Tensor:
 
 def all_reduce(x: Tensor, *, group: dist.ProcessGroup, op: str = "sum") -> Tensor:
     """The sum (or op = "max") over ranks, in a new tensor."""
+    if not torch.compiler.is_compiling():
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=group)
+        return x
     return functional.wait_tensor(functional.all_reduce(x.contiguous(), op, group))
 
 

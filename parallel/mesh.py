@@ -5,7 +5,9 @@ A new dimension is a field there, in its place among the others, and what is sai
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement
@@ -43,7 +45,25 @@ def rank_at(recipe: Recipe, **place: int) -> int:
 
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of `tensor`; the tensor itself where it is not a DTensor. Differentiable."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if tensor.requires_grad and not torch.compiler.is_compiling():
+        return _LocalPart.apply(tensor)
+    return tensor.to_local()
+
+
+class _LocalPart(torch.autograd.Function):
+    """DTensor.to_local of a weight, whose gradient is split as it is: not to find that out saves half the time."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: DTensor) -> Tensor:
+        ctx.spec = whole._spec
+        local = whole.to_local()
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return DTensor(grad, ctx.spec, requires_grad=False)
 
 
 def as_dtensor(part: Tensor, whole: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
