@@ -359,7 +359,7 @@ def test_resident_memory_agrees_within_two_percent(mode: str, batch: int) -> Non
 
 def test_the_section_of_the_record() -> None:
     entries = [{"rank": 1, "peak_bytes": 5}, {"rank": 0, "peak_bytes": 7}]
-    counted = {one["rank"]: Measures(0, {"peak_bytes": one["peak_bytes"]}, [], []) for one in entries}
+    counted = {one["rank"]: Measures(0, {"peak_bytes": one["peak_bytes"]}, [], [], set()) for one in entries}
     record, peak = Record(), Peak(None, "none")
     fill_in(record, small_recipe(), counted, kinds=dict.fromkeys((0, 1), 1), step=2, peak=peak, ceiling=None, note=None)
     assert dataclasses.asdict(record.memory) == {
