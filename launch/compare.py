@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.folder import PREDICTED, prepare_comparison
+from launch.starting import Starter
 from launch.supervisor import supervise
 from launch.table import progress_line
 from launch.terminal import CommandError, did_you_mean
@@ -129,7 +130,13 @@ def _with_settings(base: Mapping[str, Any], settings: Any) -> dict[str, Any]:
 
 
 def run_comparison(
-    comparison: Comparison, *, out: Path, say: Callable[[str], None], options: Sequence[str], resume: bool
+    comparison: Comparison,
+    *,
+    out: Path,
+    starter: Starter,
+    say: Callable[[str], None],
+    options: Sequence[str],
+    resume: bool,
 ) -> list[dict[str, Any]]:
     """Runs every variant, each whatever came of the others; the records, in order. `say` gets lines of progress.
 
@@ -150,7 +157,8 @@ def run_comparison(
             elapsed = time.monotonic() - start
             left = f", about {_clock(elapsed / n_run * (n_left - n_run))} left" if n_run else ""
             say(f"[{number}/{n}] {variant.name}  ({_clock(elapsed)} elapsed{left})")
-            records.append(_run_variant(variant, folder, [*options, *_settled(options, [*done.values(), *records])]))
+            settled = _settled(options, [*done.values(), *records])
+            records.append(_run_variant(variant, folder, starter, [*options, *settled]))
             n_run += 1
         say(progress_line(records[-1]))
     return records
@@ -192,14 +200,14 @@ def _done(comparison: Comparison, folder: Path) -> dict[str, dict[str, Any]]:
     return done
 
 
-def _run_variant(variant: Variant, folder: Path, options: Sequence[str]) -> dict[str, Any]:
+def _run_variant(variant: Variant, folder: Path, starter: Starter, options: Sequence[str]) -> dict[str, Any]:
     if variant.recipe is None:
         record = new_record(variant.tables) | {"status": "refused", "reason": variant.reason}
         (folder / variant.name).mkdir()
         write_record(folder / variant.name / "record.json", record)
         return record
     try:
-        return supervise(variant.recipe, out=folder, options=options)
+        return supervise(variant.recipe, out=folder, starter=starter, options=options)
     except (OSError, subprocess.SubprocessError, RecipeError) as error:  # no more processes, disk or access
         return new_record(variant.recipe) | {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
 

@@ -3,30 +3,50 @@
 import contextlib
 import ctypes
 import functools
+import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import launch
 from launch.folder import rank_log
 
 TERMINATE_SECONDS = 3.0  # between SIGTERM and SIGKILL
+FORK_SECONDS = 60.0  # milliseconds, where the machine is not out of its mind
 POLL_SECONDS = 0.05
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 ON_LINUX = sys.platform == "linux"
+
+
+class Forked:
+    """A child of this process that it has not started itself: as much of a Popen as is used here."""
+
+    returncode: int | Any = None  # as a Popen's
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
 
 
 @dataclass
 class Rank:
     rank: int
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     log: Path
+    output: int | None  # rank 0 prints into this pipe
 
     def ended(self) -> int | None:
         """The exit code (negative: a signal's number), or None. What an ended rank has started ends here, too."""
@@ -36,36 +56,102 @@ class Rank:
 
     def send(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, number)  # start_new_session made each rank the leader of a group
+            os.killpg(self.process.pid, number)  # each rank is the leader of a session, and so of a group
 
 
-def start(rank: int, world_size: int, port: int, folder: Path, options: Sequence[str]) -> Rank:
-    """Starts launch.train on folder/recipe.toml. Rank 0 prints to a pipe; all else goes to the log of the rank."""
-    root = str(Path(launch.__path__[0]).parent)
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    environment |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
-    environment |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world_size))
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONUNBUFFERED": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), root)))
-    # -P: a folder called `parallel` where the user happens to be is not ours.
-    command = [sys.executable, "-P", "-m", "launch.train", str(folder / "recipe.toml"), "--out", str(folder.parent)]
-    ask = functools.partial(_ask_to_die_with, os.getpid(), ctypes.CDLL(None).prctl) if ON_LINUX else None
-    log = rank_log(folder, rank)
-    with open(log, "ab") as file:
-        process = subprocess.Popen(
-            [*command, *options],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE if rank == 0 else file,
-            stderr=file,
+class Starter:
+    """Starts ranks, each as a child of this process that leads a session of its own and ends with this process.
+
+    On Linux they are forked from one process, which `prepare` starts and which ends with this context: see
+    launch/forking.py. Elsewhere, and where that process must not be forked, each is new and imports everything itself.
+    """
+
+    def __init__(self) -> None:
+        self._forks = ON_LINUX
+        self._forker: subprocess.Popen[bytes] | None = None
+        self._calls: socket.socket | None = None
+        root = str(Path(launch.__path__[0]).parent)
+        self._environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
+        self._environment["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), root)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._forker is not None and self._calls is not None:
+            self._calls.close()
+            self._forker.kill()
+            self._forker.wait()
+            ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0)
+
+    def prepare(self, given_up: Callable[[], bool]) -> bool:
+        """Has everything imported that ranks need, where they are forked, and returns True; or False, where the caller
+        had `given_up` before that was done. To be called before each run, for that process may have been killed.
+        """
+        if not self._forks or (self._forker is not None and self._forker.poll() is None):
+            return True
+        self.__exit__()
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+        self._calls, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._calls.settimeout(FORK_SECONDS)
+        with theirs:
+            stdin, stdout = theirs.fileno(), subprocess.DEVNULL
+            self._forker = self._popen(["launch.forking"], {}, stdin=stdin, stdout=stdout, stderr=None)
+        while not select.select([self._calls], [], [], POLL_SECONDS)[0]:
+            if given_up():
+                return False
+        self._forks = bool(self._calls.recv(16))  # nothing, where it has ended
+        return True
+
+    def start(self, rank: int, world_size: int, port: int, folder: Path, options: Sequence[str]) -> Rank:
+        """Starts launch.train on folder/recipe.toml. Rank 0 prints to a pipe; all else goes to the log of the rank."""
+        arguments = [str(folder / "recipe.toml"), "--out", str(folder.parent), *options]
+        environment = dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+        environment |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world_size))
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        log, output = rank_log(folder, rank), None
+        with open(log, "ab") as file, contextlib.ExitStack() as stack:
+            stdout = file.fileno()
+            if rank == 0:
+                output, stdout = os.pipe()
+                stack.callback(os.close, stdout)
+            process: subprocess.Popen[bytes] | Forked
+            if self._forks:
+                process = self._fork([arguments, environment], [stdout, file.fileno()])
+            else:
+                command, stdin, stderr = ["launch.train", *arguments], subprocess.DEVNULL, file.fileno()
+                process = self._popen(command, environment, stdin=stdin, stdout=stdout, stderr=stderr)
+        return Rank(rank, process, log, output)
+
+    def _fork(self, call: list[Any], files: list[int]) -> Forked:
+        assert self._calls is not None, "prepare comes first"
+        try:
+            socket.send_fds(self._calls, [json.dumps(call).encode()], files)
+            pid = self._calls.recv(16)
+        except OSError:
+            pid = b""
+        if not pid:
+            raise ChildProcessError("the process that ranks are forked from has ended")
+        return Forked(int(pid))
+
+    def _popen(
+        self, arguments: Sequence[str], environment: Mapping[str, str], *, stdin: int, stdout: int, stderr: int | None
+    ) -> subprocess.Popen[bytes]:
+        ask = functools.partial(ask_to_die_with, os.getpid(), ctypes.CDLL(None).prctl) if ON_LINUX else None
+        command = [sys.executable, "-P", "-m", *arguments]  # -P: a `parallel` where the user happens to be is not ours
+        return subprocess.Popen(
+            command,
+            env={**self._environment, **environment},
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
             start_new_session=True,
             preexec_fn=ask,
         )
-    return Rank(rank, process, log)
 
 
-def _ask_to_die_with(parent: int, prctl: Callable[[int, int], int]) -> None:
-    """In a child, before it runs: asks to be killed when its parent dies, even by SIGKILL."""
+def ask_to_die_with(parent: int, prctl: Callable[[int, int], int]) -> None:
+    """In a child, before it runs anything else: asks to be killed when its parent dies, even by SIGKILL."""
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before it was asked
         os._exit(1)
@@ -81,8 +167,9 @@ def stop(ranks: list[Rank]) -> None:
         while any(rank.ended() is None for rank in running) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
     for rank in ranks:
-        if rank.process.stdout:
-            rank.process.stdout.close()
+        if rank.output is not None:
+            os.close(rank.output)
+            rank.output = None
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.folder import prepare_run, recipe_toml
-from launch.starting import POLL_SECONDS, Rank, free_port, start, stop
+from launch.starting import POLL_SECONDS, Rank, Starter, free_port, stop
 from launch.verdict import FRAME, place, settle, text_of, why
 from parallel.recipe import Recipe, RecipeError
 
@@ -36,7 +36,12 @@ def refuse_too_many(recipe: Recipe) -> None:
 
 
 def supervise(
-    recipe: Recipe, *, out: Path, echo: Callable[[str], None] | None = None, options: Sequence[str] = ()
+    recipe: Recipe,
+    *,
+    out: Path,
+    starter: Starter,
+    echo: Callable[[str], None] | None = None,
+    options: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Runs `recipe` in out/<name>/ and returns its record, whatever came of it; `echo` gets what rank 0 prints.
 
@@ -50,10 +55,15 @@ def supervise(
     failure: tuple[str, str] | None = None
     with _signals() as received:
         try:
-            with free_port() as port:
-                for rank in range(recipe.world_size):
-                    ranks.append(start(rank, recipe.world_size, port, folder, options))
-                failure = _watch(ranks, recipe.train.time_limit_seconds, received, echo)
+            limit_seconds = recipe.train.time_limit_seconds
+            deadline = time.monotonic() + limit_seconds
+            if starter.prepare(lambda: bool(received) or time.monotonic() > deadline):
+                with free_port() as port:
+                    for rank in range(recipe.world_size):
+                        ranks.append(starter.start(rank, recipe.world_size, port, folder, options))
+                    failure = _watch(ranks, limit_seconds, deadline, received, echo)
+            else:
+                failure = _interrupted(received) or _late(limit_seconds, "its imports were not done")
         except BaseException as error:
             whose = "the launcher" if len(ranks) == recipe.world_size else f"the start of rank {len(ranks)}"
             failure = ("failed", f"{whose} failed: {type(error).__name__}: {error}")
@@ -83,13 +93,24 @@ def _signals() -> Iterator[list[signal.Signals]]:
 # ---- watching ------------------------------------------------------------------------------------------------------
 
 
+def _interrupted(received: list[signal.Signals]) -> tuple[str, str] | None:
+    return ("failed", f"interrupted by {received[0].name}") if received else None
+
+
+def _late(limit_seconds: float, where: str) -> tuple[str, str]:
+    return "timeout", f"not done in {limit_seconds:g} s (train.time_limit_seconds): {where}"
+
+
 def _watch(
-    ranks: list[Rank], limit_seconds: float, received: list[signal.Signals], echo: Callable[[str], None] | None
+    ranks: list[Rank],
+    limit_seconds: float,
+    deadline: float,
+    received: list[signal.Signals],
+    echo: Callable[[str], None] | None,
 ) -> tuple[str, str] | None:
     """Waits until all ranks have ended well, and returns None; or until it is known why not: (status, reason)."""
     output = _Output(ranks[0], echo)
     first: Rank | None = None  # of those that failed
-    deadline = time.monotonic() + limit_seconds
     while True:
         output.copy(POLL_SECONDS)
         running = [rank for rank in ranks if rank.ended() is None]
@@ -99,11 +120,11 @@ def _watch(
             first = min(failed, key=lambda rank: (rank.process.returncode > 0, rank.rank))
             deadline = time.monotonic() + GRACE_SECONDS
         if received:
-            return "failed", f"interrupted by {received[0].name}"
+            return _interrupted(received)
         if not running or time.monotonic() > deadline:
             break
     if first is None and running:
-        return "timeout", f"not done in {limit_seconds:g} s (train.time_limit_seconds): {_ask_where(running)}"
+        return _late(limit_seconds, _ask_where(running))
     output.copy(0)
     return why(first.log.parent.parent, first.rank, first.process.returncode) if first else None
 
@@ -112,8 +133,8 @@ class _Output:
     """Copies what rank 0 prints to its log and, line by line, to `echo`."""
 
     def __init__(self, rank: Rank, echo: Callable[[str], None] | None) -> None:
-        assert rank.process.stdout is not None
-        self.pipe = rank.process.stdout.fileno()
+        assert rank.output is not None
+        self.pipe = rank.output
         os.set_blocking(self.pipe, False)
         self.log, self.echo = rank.log, echo
         self.open, self.line = True, b""
@@ -138,7 +159,7 @@ def _ask_where(running: list[Rank]) -> str:
     """Has each rank write its stack to its log, and says in a line where each is: those at one place together."""
     before = {rank.rank: rank.log.stat().st_size for rank in running}
     for rank in running:
-        rank.process.send_signal(signal.SIGUSR1)
+        os.kill(rank.process.pid, signal.SIGUSR1)  # not to what it has started
     earlier: dict[int, str] | None = None
     stacks: dict[int, str] = {}
     deadline = time.monotonic() + STACK_SECONDS

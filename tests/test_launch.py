@@ -32,11 +32,47 @@ from parallel.transformer import Transformer
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 STAND_IN = """
-import json, os, signal, subprocess, sys, time
+import json, os, resource, signal, subprocess, sys, threading, time
+from pathlib import Path
 from parallel.measure.record import new_record, read_steps, write_record
 from parallel.recipe import RecipeError
 
-RANK = int(os.environ["RANK"])
+def book(pid):
+    with open(os.environ["PIDS"], "a") as file:
+        file.write(f"{pid}\\n")
+
+def forker(launcher):
+    for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        if b"launch.forking" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            return int(pid)
+
+match os.environ.get("AT_IMPORT"):
+    case "hangs":
+        book(os.getpid())
+        while True:
+            time.sleep(0.02)
+    case "starts a thread":
+        threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+    case "raises":
+        raise ImportError("no such kernel")
+    case "works":
+        bytes(2**28)  # 256 MiB, freed at once
+        while sum(os.times()[:2]) < 1:
+            pass
+
+def facts():
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {
+        "module": Path("/proc/self/cmdline").read_text().split("\\0")[3],
+        "parent": os.getppid(),
+        "leads_session": os.getsid(0) == os.getpid(),
+        "threads": int(status["Threads"]),
+        "cpu_seconds": sum(os.times()[:4]),
+        "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "files": [os.readlink(path) for path in sorted(Path("/proc/self/fd").iterdir()) if path.exists()],
+        "environment": dict(os.environ),
+        "path": sys.path,
+    }
 
 def wait_for_peers():
     while True:
@@ -46,11 +82,8 @@ def stuck():
     while True:
         time.sleep(0.02)
 
-def book(pid):
-    with open(os.environ["PIDS"], "a") as file:
-        file.write(f"{pid}\\n")
-
 def train(recipe, *, out, peak_flops, profile, matmul):
+    RANK = int(os.environ["RANK"])
     book(os.getpid())
     print(f"rank {RANK} of {os.environ['WORLD_SIZE']}, threads {os.environ['OMP_NUM_THREADS']}", flush=True)
     if RANK == 0:
@@ -72,6 +105,10 @@ def train(recipe, *, out, peak_flops, profile, matmul):
         book(subprocess.Popen(["sleep", "600"]).pid)
         print("last words", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
+    if what == "tells":
+        (out / f"facts-{RANK}.json").write_text(json.dumps(facts()))
+    if what == "bereft" and RANK == 1:
+        os.kill(forker(os.getppid()), signal.SIGKILL)
     if what == "leaves":
         os._exit(7)
     if what == "hangs":
@@ -304,9 +341,11 @@ def test_a_signal_ends_the_run_and_all_its_processes(
 def test_ranks_do_not_outlive_a_launcher_that_is_killed(lab: Lab) -> None:
     process = lab.start("run", "base.toml", "--set", "name=hangs-rank-1")
     lab.wait_for(lambda: lab.pids.exists() and len(lab.pids.read_text().split()) == 3)
+    started = children(process.pid)
+    assert len(started) == 4 and set(started) > set(lab.running())  # ranks, and what they were forked from
     process.kill()
     process.communicate()
-    lab.wait_for(lambda: lab.running() == [])
+    lab.wait_for(lambda: not any(map(is_running, started)))
 
 
 def test_an_error_of_the_launcher_itself_leaves_nothing_running(lab: Lab) -> None:
@@ -346,6 +385,85 @@ Current thread 0x00007e (most recent call first):
     started = 'Current thread 0x1 (most recent call first):\n  File "/usr/lib/python3/selectors.py", line 5 in select\n'
     assert place(started) == "in select (selectors.py:5)"
     assert place("Fatal Python error") == place("") == "gave no stack"
+
+
+# ---- the process that ranks are forked from -------------------------------------------------------------------------
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def tell(lab: Lab, **environment: str) -> list[dict[str, Any]]:
+    """What the ranks of a run find when they begin to train."""
+    lab.environment |= environment
+    code, _, err = lab.run("tells")
+    assert (code, err) == (0, "")
+    return told(lab, "tells")
+
+
+def told(lab: Lab, *folders: str) -> list[dict[str, Any]]:
+    folder = lab.folder.joinpath("runs", *folders)
+    return [json.loads((folder / f"facts-{rank}.json").read_text()) for rank in range(3)]
+
+
+def test_a_forked_rank_has_its_own_session_files_and_figures_and_the_environment_of_one_that_was_not(lab: Lab) -> None:
+    forked, new = tell(lab, AT_IMPORT="works"), tell(lab, AT_IMPORT="starts a thread")
+    assert {facts["module"] for facts in forked} == {"launch.forking"}  # one thread where it was forked
+    assert {facts["module"] for facts in new} == {"launch.train"}
+    for rank, (of_forked, of_new) in enumerate(zip(forked, new, strict=True)):
+        assert of_forked["leads_session"] and of_new["leads_session"] and of_forked["threads"] == 1
+        assert of_forked["cpu_seconds"] < 1 and of_forked["peak_rss_bytes"] < 2**28  # what its imports took is not its
+        log = str(lab.folder / f"runs/tells/logs/rank-{rank}.log")
+        stdin, stdout, *rest = of_forked["files"]
+        assert (stdin, rest) == ("/dev/null", [log]) and (stdout.startswith("pipe:") if rank == 0 else stdout == log)
+        for facts in (of_forked, of_new):
+            facts["environment"] = {
+                k: v for k, v in facts["environment"].items() if k not in ("MASTER_PORT", "AT_IMPORT")
+            }
+        assert of_forked["environment"] == of_new["environment"] and of_forked["path"] == of_new["path"]
+        assert of_forked["environment"]["RANK"] == str(rank)
+
+
+def test_a_rank_may_have_more_threads_than_one(lab: Lab) -> None:
+    """numpy would start them where it is imported, and nothing may be forked beside a thread."""
+    assert {facts["module"] for facts in tell(lab, OMP_NUM_THREADS="2")} == {"launch.forking"}
+    assert (lab.folder / "runs/tells/logs/rank-0.log").read_text() == "rank 0 of 3, threads 2\n"
+
+
+def test_what_cannot_be_imported_is_said_by_the_ranks(lab: Lab) -> None:
+    lab.environment["AT_IMPORT"] = "raises"
+    code, _, err = lab.run("good")
+    assert code == 1 and re.match(r"lab: good: failed: rank \d: ImportError: no such kernel\n", err)
+
+
+def test_the_process_that_forks_may_be_killed_and_neither_its_ranks_nor_the_next_ones_care(lab: Lab) -> None:
+    code, out, err = lab("compare", comparison_file(lab, "bereft", "tells"))
+    assert (code, err) == (0, "") and out.count("parity passed") == 2
+    [facts] = {facts["module"] for facts in told(lab, "trio", "tells")}
+    assert facts == "launch.forking"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_launcher_that_ends_amid_the_imports_leaves_nothing(lab: Lab, number: signal.Signals) -> None:
+    lab.environment["AT_IMPORT"] = "hangs"
+    process = lab.start("run", "base.toml", "--set", "name=good")
+    lab.wait_for(lab.pids.exists)
+    assert children(process.pid) == lab.running()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    lab.wait_for(lambda: lab.running() == [])
+    if number == signal.SIGTERM:
+        assert (process.returncode, err) == (1, "lab: interrupted by SIGTERM; nothing is left running\n")
+        assert lab.record("good")["reason"] == "interrupted by SIGTERM"
+
+
+def test_imports_that_take_too_long_end_the_run_at_its_time_limit(lab: Lab) -> None:
+    lab.environment["AT_IMPORT"] = "hangs"
+    code, *_ = lab.run("good", "--set", "train.time_limit_seconds=1")
+    record = lab.record("good")
+    reason = "not done in 1 s (train.time_limit_seconds): its imports were not done"
+    assert (code, record["status"], record["reason"]) == (1, "timeout", reason)
 
 
 # ---- one rank ------------------------------------------------------------------------------------------------------
@@ -876,11 +994,11 @@ def test_a_rank_that_dies_amid_training_ends_the_run_with_the_steps_that_were_do
     deadline = time.monotonic() + 100
     while not (folder / "steps.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    ranks = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    forker, *ranks = children(process.pid)
     os.kill(ranks[1], number)
     _, err = process.communicate(timeout=180)
     record = read_record(folder / "record.json")
     assert process.returncode == 1 and record["status"] == "failed" and len(record["steps"]) >= 1
     assert re.match(end, record["reason"]), record["reason"]
     assert f"lab: fsdp: failed: rank 1 was killed by {number.name}" in err
-    assert len(ranks) == 2 and not any(map(is_running, ranks))
+    assert len(ranks) == 2 and not any(map(is_running, (forker, *ranks)))

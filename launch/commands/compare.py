@@ -5,6 +5,7 @@ import argparse
 from launch.commands.check import comparison_with_data
 from launch.compare import predict, run_comparison
 from launch.page import write_page
+from launch.starting import Starter
 from launch.supervisor import Interrupted
 from launch.table import remark_on, row, table
 from launch.terminal import add_rank_options, add_settings, progress, rank_options
@@ -25,7 +26,10 @@ def run(arguments: argparse.Namespace) -> int:
     options = rank_options(arguments)
     say = progress(arguments)
     try:
-        records = run_comparison(comparison, out=arguments.out, say=say, options=options, resume=arguments.resume)
+        with Starter() as starter:
+            records = run_comparison(
+                comparison, out=arguments.out, starter=starter, say=say, options=options, resume=arguments.resume
+            )
     except Interrupted as signal:
         raise Interrupted(f"{signal}; --resume goes on with what is left") from None
     if arguments.predict:

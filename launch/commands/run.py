@@ -5,6 +5,7 @@ import sys
 
 from launch.commands.check import recipe_with_data
 from launch.compare import is_comparison
+from launch.starting import Starter
 from launch.supervisor import refuse_too_many, supervise
 from launch.table import remark_on, table
 from launch.terminal import CommandError, add_rank_options, add_settings, printable, progress, rank_options
@@ -29,7 +30,10 @@ def run(arguments: argparse.Namespace) -> int:
     refuse_too_many(recipe)
     options = rank_options(arguments)
     say = progress(arguments)
-    record = supervise(recipe, out=arguments.out, echo=lambda line: say(printable(line)), options=options)
+    with Starter() as starter:
+        record = supervise(
+            recipe, out=arguments.out, starter=starter, echo=lambda line: say(printable(line)), options=options
+        )
     if arguments.json:
         print(record_json(record))
     if record["status"] == "refused":
