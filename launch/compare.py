@@ -14,9 +14,10 @@ Every variant is validated before the first is started.
 """
 
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,36 @@ def run_comparison(
             n_run += 1
         say(progress_line(records[-1]))
     return records
+
+
+def on_one_device(comparison: Comparison, *, n_gpus: int, say: Callable[[str], None]) -> Comparison:
+    """With all variants that leave their device open on CPUs, where this host has too few GPUs for one of them.
+
+    Some on GPUs beside others on CPUs, in one table, would be no comparison.
+    """
+    recipes = [variant.recipe for variant in comparison.variants if variant.recipe is not None]
+    most = max((recipe.world_size for recipe in recipes if recipe.train.device == "auto"), default=0)
+    if not 0 < n_gpus < most:
+        return comparison
+    has = f"this host has {n_gpus} GPU{'s' * (n_gpus > 1)}"
+    say(f"all on the CPU: a variant has {most} ranks, and {has}; --set train.device=cuda refuses those that do not fit")
+    return replace(comparison, variants=tuple(map(_on_cpu, comparison.variants)))
+
+
+def _on_cpu(variant: Variant) -> Variant:
+    recipe = variant.recipe
+    if recipe is None or recipe.train.device != "auto":
+        return variant
+    return replace(variant, recipe=replace(recipe, train=replace(recipe.train, device="cpu")))
+
+
+def visible_gpus() -> int:
+    """Those of this host that torch sees. Asked in a process of its own: this one lives without torch."""
+    if not any(Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/kfd")):  # NVIDIA, AMD
+        return 0
+    command = [sys.executable, "-P", "-c", "import torch; print(torch.cuda.device_count())"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return int(answer.stdout)
 
 
 def _settled(options: Sequence[str], records: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -20,7 +20,7 @@ import torch
 import launch.starting
 import parallel
 from launch.cli import main
-from launch.compare import load_comparison
+from launch.compare import load_comparison, on_one_device
 from launch.folder import recipe_toml
 from launch.table import WIDTH, row, table
 from launch.terminal import n_bytes, printable
@@ -945,6 +945,23 @@ def test_a_run_that_diverges_has_failed_and_says_at_which_step(tmp_path: Path) -
     assert None in (record["steps"][-1]["loss"], record["steps"][-1]["grad_norm"])
     assert record["throughput"] == new_record({})["throughput"] and record["flops"]["mfu"] is None
     assert "Diverged: step" in err
+
+
+def test_all_rows_of_a_comparison_are_on_one_kind_of_device(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text("")
+    path = tmp_path / "rows.toml"
+    path.write_text(
+        'base = "base.toml"\nvariant = [{ name = "one" }, { name = "four", set = { "parallel.tp" = 4 } },'
+        ' { name = "asked", set = { "train.device" = "cuda" } },'
+        ' { name = "wrong", set = { "parallel.tp" = 3 }, expect = "refused" }]'
+    )
+    comparison, said = load_comparison(path), list[str]()
+    for n_gpus in (0, 4, 8):
+        assert on_one_device(comparison, n_gpus=n_gpus, say=said.append) is comparison and not said
+    on_cpu = on_one_device(comparison, n_gpus=1, say=said.append)
+    devices = [variant.recipe.train.device for variant in on_cpu.variants if variant.recipe]
+    assert devices == ["cpu", "cpu", "cuda"] and on_cpu.variants[-1] == comparison.variants[-1]
+    assert len(said) == 1 and "a variant has 4 ranks, and this host has 1 GPU;" in said[0]
 
 
 def test_the_first_row_of_a_comparison_chooses_the_float32_products_of_all(lab: Lab) -> None:

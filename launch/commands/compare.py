@@ -3,7 +3,7 @@
 import argparse
 
 from launch.commands.check import comparison_with_data
-from launch.compare import predict, run_comparison
+from launch.compare import on_one_device, predict, run_comparison, visible_gpus
 from launch.page import write_page
 from launch.starting import Starter
 from launch.supervisor import Interrupted
@@ -22,9 +22,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    comparison = comparison_with_data(arguments.comparison, arguments.set)
     options = rank_options(arguments)
     say = progress(arguments)
+    comparison = on_one_device(
+        comparison_with_data(arguments.comparison, arguments.set), n_gpus=visible_gpus(), say=say
+    )
     try:
         with Starter() as starter:
             records = run_comparison(
