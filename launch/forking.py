@@ -9,7 +9,6 @@ the launcher, or where it finds that it must not be forked; ranks are then start
 """
 
 import ctypes
-import gc
 import json
 import os
 import socket
@@ -19,6 +18,7 @@ import traceback
 
 from launch import train
 from launch.starting import ask_to_die_with
+from parallel.measure.record import git_commit
 
 
 def main() -> None:
@@ -50,11 +50,10 @@ def _prepared() -> bool:
             import numpy  # noqa: F401
 
             del os.environ["OPENBLAS_NUM_THREADS"]
-        import parallel.training  # noqa: F401
+        train.import_training()
     except Exception:  # each rank will say so in its log
         return False
-    gc.collect()
-    gc.freeze()  # what is imported stays: no rank's collections go through it, and its pages stay shared
+    git_commit()  # of what was imported, and not of what lies there when a later rank asks
     torch = sys.modules.get("torch")
     return len(os.listdir("/proc/self/task")) == 1 and not (torch and torch.cuda.is_initialized())
 

@@ -21,7 +21,7 @@ from parallel.recipe import Recipe, RecipeError
 
 GRACE_SECONDS = 5.0  # for the peers of a rank that died: they may have something to say
 STACK_SECONDS = 3.0  # for the answer to "where are you?"
-MAX_LOCAL_RANKS = 128  # some 200 MB and a second of CPU time each before the first step
+MAX_LOCAL_RANKS = 128  # where they are not forked, some 200 MB and two seconds of CPU time each before the first step
 
 
 class Interrupted(Exception):
@@ -142,7 +142,7 @@ class _Output:
     def copy(self, wait_seconds: float) -> None:
         """Copies what there is, after waiting for it at most so long."""
         if not self.open:
-            time.sleep(wait_seconds)
+            time.sleep(wait_seconds / 5)  # rank 0 is leaving, and the others with it
         while self.open and select.select([self.pipe], [], [], wait_seconds)[0]:
             text = os.read(self.pipe, 65536)
             self.open = bool(text)

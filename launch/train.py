@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 failed, 2 the recipe or the command line is wrong. On SIGU
 
 import contextlib
 import faulthandler
+import gc
 import os
 import signal
 import sys
@@ -58,7 +59,8 @@ def main(argv: list[str]) -> int:
 def run(recipe: Recipe, folder: Path, rank: int, options: Mapping[str, Any]) -> int:
     """Trains; whatever goes wrong is printed, and recorded by the first rank that it happens to."""
     try:
-        from parallel.training import train  # after the checks: torch takes seconds to import
+        import_training()  # after the checks: torch takes seconds to import
+        from parallel.training import train
 
         train(recipe, out=folder, **options)
         return 0
@@ -70,6 +72,16 @@ def run(recipe: Recipe, folder: Path, rank: int, options: Mapping[str, Any]) -> 
         traceback.print_exc()
         record_error(recipe, folder, rank, error)
         return 1
+
+
+def import_training() -> None:
+    """Imports what a rank needs, without collections of what stays anyway: they take a quarter of the time."""
+    gc.disable()
+    try:
+        import parallel.training  # noqa: F401
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _from_environment(key: str, default: int) -> int:

@@ -6,6 +6,7 @@ record that is read is data from anywhere: it is completed and checked here, and
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
@@ -161,7 +162,7 @@ def environment() -> Environment:
     return Environment(
         time_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         parallel_lab=version("parallel-lab"),
-        git_commit=_git_commit(),
+        git_commit=git_commit(),
         python=platform.python_version(),
         torch=version("torch"),
         numpy=version("numpy"),
@@ -193,7 +194,8 @@ def version(package: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
+@functools.cache  # what has been imported stays, whatever becomes of its files
+def git_commit() -> str | None:
     """The commit of this checkout, with "-dirty" where files differ from it; None where this is no checkout."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():  # installed, perhaps below another project's repository
