@@ -124,14 +124,16 @@ class Starter:
         return Rank(rank, process, log, output)
 
     def _fork(self, call: list[Any], files: list[int]) -> Forked:
-        assert self._calls is not None, "prepare comes first"
+        assert self._calls is not None and self._forker is not None, "prepare comes first"
         try:
             socket.send_fds(self._calls, [json.dumps(call).encode()], files)
             pid = self._calls.recv(16)
         except OSError:
             pid = b""
         if not pid:
-            raise ChildProcessError("the process that ranks are forked from has ended")
+            self._forker.kill()  # a late answer would be taken for that to the next call
+            self._forker.wait()
+            raise ChildProcessError("the process that ranks are forked from does not answer")
         return Forked(int(pid))
 
     def _popen(
