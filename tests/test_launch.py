@@ -156,6 +156,7 @@ class Lab:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.pids = folder, folder / "pids"
+        self.started: list[subprocess.Popen[str]] = []
         package = folder / "stand-in" / "parallel"
         package.mkdir(parents=True)
         (package / "__init__.py").write_text(f"__path__.append({parallel.__path__[0]!r})\n")
@@ -164,7 +165,7 @@ class Lab:
         self.environment = os.environ | {"PYTHONPATH": str(package.parent), "PIDS": str(self.pids)}
 
     def start(self, *arguments: str, **settings: Any) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-P", "-m", "launch.cli", *arguments],
             cwd=self.folder,
             env=self.environment,
@@ -172,6 +173,8 @@ class Lab:
             preexec_fn=_heed_signals,
             **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | settings,
         )
+        self.started.append(process)
+        return process
 
     def __call__(self, *arguments: str) -> tuple[int, str, str]:
         process = self.start(*arguments)
@@ -209,6 +212,8 @@ def is_running(pid: int) -> bool:
 def lab(tmp_path: Path) -> Iterator[Lab]:
     lab = Lab(tmp_path)
     yield lab
+    for process in lab.started:  # of a test that failed
+        process.kill()
     if lab.pids.exists():
         assert lab.running() == []
 
@@ -448,7 +453,7 @@ def test_the_process_that_forks_may_be_killed_and_neither_its_ranks_nor_the_next
 def test_a_launcher_that_ends_amid_the_imports_leaves_nothing(lab: Lab, number: signal.Signals) -> None:
     lab.environment["AT_IMPORT"] = "hangs"
     process = lab.start("run", "base.toml", "--set", "name=good")
-    lab.wait_for(lab.pids.exists)
+    lab.wait_for(lambda: lab.pids.exists() and lab.pids.read_text().endswith("\n"))
     assert children(process.pid) == lab.running()
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
