@@ -20,14 +20,15 @@ from parallel.actions import Action
 from parallel.gradients import clip_gradients, gradient_norm
 from parallel.recipe import AttentionKernel, Recipe
 from parallel.strategies.accumulation import Accumulation
+from parallel.strategies.chunked_loss import chunked_linear_loss
 from parallel.strategies.context import apply_context
 from parallel.strategies.data import GradientBuckets
 from parallel.strategies.pipeline import PipelineStep, split_pipeline, sum_tied_gradients, tied_copies
 from parallel.strategies.recompute import apply_recompute
 from parallel.strategies.sharding import apply_sharding, before_microbatch
-from parallel.strategies.tensor import apply_tensor, rows_of_rank, tensor_parallel_loss
+from parallel.strategies.tensor import apply_tensor, tensor_parallel_loss
 from parallel.torch_private import no_cached_graphs, safe_guards
-from parallel.transformer import Transformer, cross_entropy, weight_name
+from parallel.transformer import Loss, Transformer, cross_entropy, linear_cross_entropy, weight_name
 from parallel.weights import load_initial_weights
 
 ATTENTION_KERNELS: dict[AttentionKernel, SDPBackend] = {
@@ -127,7 +128,7 @@ def assemble(
         parameters = [parameter for stage in stages for parameter in stage.parameters()]
         buckets = GradientBuckets(parameters, recipe, group=mesh.get_group("data"))
 
-    token_loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+    token_loss: Loss = cross_entropy
     if parallel.tp > 1:
         token_loss = partial(tensor_parallel_loss, recipe=recipe, mesh=mesh["tp"])
     # Each token's share of the mean loss; times the data ranks where FSDP then averages gradients over those.
@@ -137,6 +138,11 @@ def assemble(
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         return token_loss(logits, targets) * scale
 
+    for stage in stages:
+        stage.loss = partial(linear_cross_entropy, loss=loss)
+        if train.loss_chunks > 1:
+            stage.loss = partial(chunked_linear_loss, loss=loss, n_chunks=train.loss_chunks)
+
     microbatches: Callable[[Tensor, Tensor], Tensor]
     if parallel.pp > 1:
         microbatches = PipelineStep(
@@ -145,14 +151,12 @@ def assemble(
             mesh=mesh["pp"],
             device=device,
             compute_dtype=compute_dtype,
-            loss=loss,
             residual_tokens=train.seq_len // parallel.cp // parallel.tp if recipe.tensor.sequence_parallel else None,
-            vocab_size=len(rows_of_rank(recipe.model.vocab_size, mesh["tp"])),
             around=around,
         )
     else:
         before = partial(before_microbatch, stages[0]) if sharded else None
-        microbatches = Accumulation(model=stages[0], micro_batch=recipe.micro_batch, loss=loss, before=before)
+        microbatches = Accumulation(model=stages[0], micro_batch=recipe.micro_batch, before=before)
     return Assembled(recipe, stages, mesh, microbatches, buckets, averaged)
 
 

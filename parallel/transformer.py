@@ -6,6 +6,7 @@ B sequences, T tokens, D = d_model, H query heads, K key/value heads, E = head_d
 Shapes stand in comments at the line's end. The strategies split this model after the fact.
 """
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from parallel.recipe import Model
 
+Loss = Callable[[Tensor, Tensor], Tensor]  # of logits (B, T, V) and targets (B, T): a sum over tokens
+
 
 class Linear(nn.Module):
     """y = x Wᵀ, without bias. W is cast to x's type, so float32 weights can serve a bfloat16 computation."""
@@ -25,8 +28,8 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+    def forward(self, x: Tensor, product: Callable[[Tensor, Tensor], Tensor] = F.linear) -> Tensor:
+        return product(x, self.weight.to(x.dtype))
 
 
 class Embedding(nn.Module):
@@ -157,7 +160,7 @@ def walk(blocks: Iterable[nn.Module], x: Tensor, rotary: Rotary) -> Tensor:
 
 
 class Transformer(nn.Module):
-    """The whole model. `forward` gives logits (B, T, V) in the computation's type.
+    """The whole model. `forward` gives logits (B, T, V) in the computation's type; with targets (B, T), their loss.
 
     A model may lack its embedding, some blocks, or its norm and output: a pipeline stage is the same class with fewer
     parts, and takes or gives the residual stream (B, T, D) in place of tokens or logits.
@@ -171,6 +174,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.shape = shape
         self.walk = walk  # recompute puts its own here
+        self.loss = linear_cross_entropy  # and `assemble` here
         self.rotary = Rotary(shape, seq_len)
         self.embedding = Embedding(shape.vocab_size, shape.d_model, compute_dtype)
         self.blocks = nn.ModuleDict({str(layer): Block(shape) for layer in range(shape.n_layers)})
@@ -188,13 +192,16 @@ class Transformer(nn.Module):
         if self.tied and self.embedding is not None and self.output is not None:
             self.output.weight = self.embedding.weight
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         if self.embedding is not None:
             x = self.embedding(x)  # (B, T) -> (B, T, D)
         x = self.walk(self.blocks.values(), x, self.rotary)
-        if self.norm is not None and self.output is not None:
-            x = self.output(self.norm(x))  # (B, T, V)
-        return x
+        if self.norm is None or self.output is None:
+            return x
+        if targets is None:
+            return self.output(self.norm(x))  # (B, T, V)
+        # Within the module, for around it strategies fetch its weight and its input.
+        return self.output(self.norm(x), functools.partial(self.loss, targets=targets))
 
 
 def weight_name(name: str, shape: Model) -> str:
@@ -210,6 +217,11 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, loss: Loss = cross_entropy) -> Tensor:
+    """`loss` of the logits x Wᵀ.  x (B, T, D), weight (V, D), targets (B, T) -> scalar"""
+    return loss(F.linear(x, weight), targets)
 
 
 def initial_weight(name: str, shape: torch.Size, *, seed: int, n_layers: int, device: torch.device | str) -> Tensor:

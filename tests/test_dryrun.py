@@ -76,6 +76,15 @@ CASES = [
          model=dict(n_layers=4)),
     case("pp·ddp, zbv", parallel=dict(pp=2, dp_replicate=2), train=dict(micro_batch=1),
          pipeline=dict(schedule="zbv"), model=dict(n_layers=4)),
+    *(
+        case(f"{'·'.join(parallel) or 'single'}, loss in chunks", parallel=parallel,
+             train=ONE_BY_ONE | dict(loss_chunks=3, dtype=dtype))
+        for parallel, dtype in (
+            ({}, "float32"), ({}, "bfloat16"), (dict(dp_shard=2), "bfloat16"), (dict(tp=2), "float32")
+        )
+    ),
+    case("pp, zbv, loss in chunks", parallel=dict(pp=2), train=ONE_BY_ONE | dict(loss_chunks=3),
+         pipeline=dict(schedule="zbv"), model=dict(n_layers=4)),
 ]  # fmt: skip
 
 

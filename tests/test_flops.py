@@ -194,6 +194,11 @@ LAYOUTS = [
            model=dict(vocab_size=67)) for s in ("1f1b", "zbv")),
     case("pp·cp·tp", parallel=dict(pp=2, cp=2, tp=2), context=dict(method="ulysses"), train=dict(micro_batch=1)),
     case("compiled", train=dict(compile="aot_eager")),
+    *(case(f"{'·'.join(parallel) or 'single'}, loss in chunks", parallel=parallel,
+           train=dict(loss_chunks=3, micro_batch=2), model=dict(tied_embeddings=True, vocab_size=67))
+      for parallel in ({}, dict(dp_shard=2), dict(cp=2, tp=2))),
+    *(case(f"pp, {s}, loss in chunks", parallel=dict(pp=2), pipeline=dict(schedule=s),
+           train=dict(loss_chunks=3, micro_batch=2)) for s in ("gpipe", "zbv")),
 ]  # fmt: skip
 
 RECOMPUTE = [

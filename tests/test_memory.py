@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -27,6 +28,8 @@ from parallel.measure.memory import MemoryTracker, allocator_peaks, reset_alloca
 from parallel.measure.record import CATEGORIES, Record
 from parallel.mesh import build_mesh
 from parallel.recipe import Recipe
+from parallel.strategies.chunked_loss import chunked_linear_loss
+from parallel.transformer import cross_entropy
 
 B, D, H = 2, 8, 16  # rows, width, hidden width
 X, A = 4 * B * D, 4 * B * H  # bytes of x and of the hidden activations
@@ -67,6 +70,17 @@ def test_recompute_keeps_the_inputs_of_layers_and_one_layer_at_work() -> None:
         for i in range(0, 6, 2):
             y = checkpoint(layer, y, *parameters[i : i + 2], use_reentrant=False, preserve_rng_state=False)
     assert split(tracker.peak()) == [6 * W, 0, 0, 2 * X + 2 * A, X]
+
+
+@pytest.mark.parametrize("n_chunks", [1, 2, 3, 5])
+def test_a_loss_in_chunks_holds_one_chunk_of_logits(n_chunks: int) -> None:
+    x, weight = torch.ones(1, 24, D, requires_grad=True), nn.Parameter(torch.ones(1000, D))
+    targets = torch.ones(1, 24, dtype=torch.int64)
+    with MemoryTracker([weight], None, device=CPU) as tracker:
+        chunked_linear_loss(x, weight, targets, loss=cross_entropy, n_chunks=n_chunks).backward()
+    # Of one chunk: logits, their log-softmax, and the gradients of both; whole: those of x and W; three scalars.
+    chunk, numbers = 4 * 1000 * math.ceil(24 / n_chunks), 4 * 3
+    assert split(tracker.peak())[3] == 4 * chunk + 4 * 24 * D + 4 * 1000 * D + numbers
 
 
 def test_gradients_are_those_that_become_grad() -> None:

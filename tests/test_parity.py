@@ -134,6 +134,34 @@ MIXES = [
          context=dict(method="all-gather"), train=dict(micro_batch=1)),
 ]  # fmt: skip
 
+LOSS_CHUNKS = [
+    case_of(train=dict(loss_chunks=chunks, micro_batch=3), **sections)
+    for chunks, sections in (
+        (2, dict(model=dict(vocab_size=67))),
+        (3, dict(model=dict(tied_embeddings=True))),
+        (16, dict(parallel=dict(dp_replicate=2), recompute=dict(mode="full"))),
+        (3, dict(parallel=dict(dp_replicate=2), model=dict(tied_embeddings=True), ddp=dict(bucket_mib=0.01))),
+        (3, dict(parallel=dict(dp_shard=2))),
+        (3, dict(parallel=dict(dp_shard=2), sharding=dict(reshard_after_forward=False))),
+        (3, dict(parallel=dict(dp_shard=2), model=dict(tied_embeddings=True))),
+        *((3, dict(parallel=dict(cp=2), context=dict(method=method))) for method in ("ring", "all-gather", "ulysses")),
+        *(
+            (3, dict(parallel=dict(tp=2), tensor=dict(sequence_parallel=sp, loss_parallel=lp),
+                     model=dict(vocab_size=67, tied_embeddings=sp)))
+            for sp, lp in itertools.product((False, True), (False, True))
+        ),
+        (7, dict(parallel=dict(dp_shard=2, cp=2, tp=2))),
+    )
+] + [
+    case("loss_chunks, hsdp, accumulation", parallel=dict(dp_replicate=2, dp_shard=2),
+         train=dict(loss_chunks=5, micro_batch=1)),
+] + [
+    case_of(pipeline=dict(schedule=schedule), sharding=whole_weights(schedule), parallel=parallel,
+            train=dict(loss_chunks=3, micro_batch=1), model=dict(n_layers=5, tied_embeddings=True, vocab_size=67))
+    for schedule in SCHEDULES
+    for parallel in (dict(pp=2), dict(pp=2, dp_shard=2, tp=2))
+]  # fmt: skip
+
 
 COMPILE = [
     case_of(train=dict(compile="aot_eager", micro_batch=1), **sections)
@@ -149,10 +177,10 @@ COMPILE = [
         dict(parallel=dict(pp=2, dp_shard=2), pipeline=dict(schedule="1f1b")),
         dict(parallel=dict(pp=2), pipeline=dict(schedule="interleaved-1f1b"), recompute=dict(mode="full")),
     )
-] + [case("inductor", train=dict(compile="inductor", attention="math"), model=dict(n_layers=1))]
+] + [case("inductor", train=dict(compile="inductor", attention="math", loss_chunks=3), model=dict(n_layers=1))]
 
 
-@pytest.mark.parametrize("sections", DATA + RECOMPUTE + TENSOR + CONTEXT + PIPELINE + MIXES + COMPILE)
+@pytest.mark.parametrize("sections", DATA + RECOMPUTE + TENSOR + CONTEXT + PIPELINE + MIXES + LOSS_CHUNKS + COMPILE)
 def test_gradients_are_those_of_one_process(ranks: Ranks, sections: Sections) -> None:
     recipe = small_recipe(**sections)
     differences, sabotaged = ranks(recipe.world_size, parity, recipe)[0]

@@ -161,6 +161,8 @@ REFUSED = [
     ),
     ("parallel.dp_replicate = 16", "train.global_batch = 8", "use a multiple of 16"),
     ("train.micro_batch = 9", "train.micro_batch = 9", "use at most 8"),
+    ("train.loss_chunks = 0", "train.loss_chunks = 0", "give a whole number of at least 1"),
+    ("train.loss_chunks = 129; parallel.cp = 2", "train.loss_chunks = 129", "use at most 128"),
     ("train.micro_batch = 3; parallel.dp_shard = 4", "train.micro_batch = 3", "global_batch 8 / 4 replicas"),
     # tensor and context
     ("parallel.tp = 3", "parallel.tp = 3", "does not divide model.n_heads = 8; use one of 1, 2, 4"),
@@ -636,10 +638,10 @@ def variants(path: Path) -> dict[str, Recipe]:
     return recipes
 
 
-LADDER = ROOT / "recipes" / "compare" / "one-gpu.toml"
+LADDER, LOSS = (ROOT / "recipes" / "compare" / f"{name}.toml" for name in ("one-gpu", "loss"))
 
 
-@pytest.mark.parametrize("path", [path for path in COMPARISONS if path != LADDER], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [p for p in COMPARISONS if p not in (LADDER, LOSS)], ids=lambda path: path.stem)
 def test_shipped_comparison_compares_like_with_like(path: Path) -> None:
     recipes = variants(path)
     reference = recipes["single"]
@@ -663,6 +665,15 @@ def test_the_ladder_of_one_accelerator_is_one_model_on_the_same_tokens() -> None
         ) == dataclasses.replace(eager, name="any")
     assert {recipe.train.attention for recipe in recipes.values()} == {"auto", "flash", "cudnn", "math"}
     assert {recipe.recompute.mode for recipe in recipes.values()} == {"none", "selective", "every(2)", "sqrt", "full"}
+
+
+def test_the_comparison_of_losses_changes_their_chunks_alone() -> None:
+    recipes = variants(LOSS)
+    whole = [recipe for recipe in recipes.values() if recipe.train.loss_chunks == 1]
+    assert {recipe.parallel for recipe in recipes.values()} == {recipe.parallel for recipe in whole}
+    for recipe in recipes.values():
+        same = dict(name="any", train=dataclasses.replace(recipe.train, loss_chunks=1), parallel=whole[0].parallel)
+        assert dataclasses.replace(recipe, **same) == dataclasses.replace(whole[0], name="any")
 
 
 def test_the_main_comparison_is_made_of_the_shipped_strategies() -> None:

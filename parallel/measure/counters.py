@@ -71,7 +71,7 @@ class Counters(Observer):
         self.measures = Measures(flops.flops, memory, traffic, self._actions, flops.attention)
 
     def around(self, action: Action) -> contextlib.AbstractContextManager[None]:
-        if self._left == 0 and self._actions[-1:] != [action]:  # a loss goes on with the last stage's forward
+        if self._left == 0:
             self._actions.append(action)
         return contextlib.nullcontext()
 

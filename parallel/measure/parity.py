@@ -56,7 +56,8 @@ def parity_recipe(recipe: Recipe, *, on_cuda: bool = False) -> tuple[Recipe, str
     positions = 2 * parallel.cp * parallel.tp
     seq_len = positions * max(1, math.ceil(16 / positions))
     batch = recipe.replicas * min(recipe.n_microbatches, max(2 * parallel.pp, 2))
-    train = replace(train, seq_len=seq_len, global_batch=batch, micro_batch=1)
+    loss_chunks = min(train.loss_chunks, seq_len // parallel.cp)
+    train = replace(train, seq_len=seq_len, global_batch=batch, micro_batch=1, loss_chunks=loss_chunks)
     shape = f"{layers} layers, d_model {width}, seq_len {seq_len}"
     words = f"one process, same layout on a smaller model ({shape}): the whole is too large for one process"
     return replace(recipe, model=model, train=train, data=replace(recipe.data, source="synthetic")), words

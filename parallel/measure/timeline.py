@@ -75,13 +75,9 @@ class Timeline(Observer):
 
     @contextlib.contextmanager
     def around(self, action: Action) -> Iterator[None]:
-        """One that goes on where it stopped (a loss, after the last stage) stays one."""
         start = self._now()
         yield
-        actions = self._step.actions
-        if actions and actions[-1][0] == action:
-            start = actions.pop()[1]
-        actions.append((action, start, self._now()))
+        self._step.actions.append((action, start, self._now()))
 
     def report(self, record: Record) -> None:
         times = self.sections(steps=self._clock.timed())

@@ -65,6 +65,9 @@ def _check_batch(recipe: Sections) -> None:
             f"is more than the {recipe.replica_batch} sequences of one replica (global_batch {train.global_batch}"
             f" / {recipe.replicas} replicas); use at most {recipe.replica_batch}",
         )
+    if train.loss_chunks > (tokens := max(train.seq_len // parallel.cp, 1)):
+        remedy = f"is more than the {tokens} tokens of a sequence on a rank; use at most {tokens}"
+        raise RecipeError("train.loss_chunks", train.loss_chunks, remedy)
 
 
 def _check_tensor_and_context(recipe: Sections) -> None:

@@ -187,6 +187,9 @@ class Train(Section):
     attention: AttentionKernel = option(
         "auto", "kernel: auto: torch's choice; flash; cudnn: NVIDIA's, on CUDA alone; math: plain matrix products"
     )
+    loss_chunks: int = option(
+        1, "pieces of a microbatch's tokens for which output and loss are computed one by one", minimum=1, maximum=2**27
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: CUDA where each rank has a GPU, else CPU")
     compile: Compiler = option("none", "torch.compile of each block")
     parity: bool = option(True, "prove the layout on float64 gradients before training")

@@ -14,9 +14,8 @@ from parallel.transformer import Transformer
 class Accumulation:
     """Forward and backward of a whole step; gradients are added to .grad."""
 
-    model: Transformer
+    model: Transformer  # its loss is in shares of the step's
     micro_batch: int
-    loss: Callable[[Tensor, Tensor], Tensor]  # of logits and targets: a sum over tokens, in shares of the step's loss
     before: Callable[[bool], None] | None  # is called before each microbatch, with whether it is the last
 
     def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -28,7 +27,7 @@ class Accumulation:
                 self.before(start == starts[-1])
             rows = slice(start, start + self.micro_batch)  # the last microbatch may be short
             with record_function("forward"):
-                loss = self.loss(self.model(tokens[rows]), targets[rows])
+                loss = self.model(tokens[rows], targets[rows])
             with record_function("backward"):
                 loss.backward()
             total += loss.detach()

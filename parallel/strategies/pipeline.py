@@ -102,11 +102,10 @@ class _Stage(pipelining.PipelineStage):
 class PipelineStep:
     """Forward and backward of a whole step through the pipeline.
 
-    stages: this rank's, of `split_pipeline`, with the other strategies applied and the weights in place.
+    stages: this rank's, of `split_pipeline`, with the other strategies applied and the weights in place. The last one's
+        loss is a sum over tokens, in shares of the step's loss; microbatches are summed.
     mesh: the one-dimensional mesh of the pipeline's ranks. compute_dtype: type of the residual stream between stages.
-    loss: of logits and targets: a sum over tokens, in shares of the step's loss; microbatches are summed.
-    residual_tokens, vocab_size: tokens of a sequence's residual stream, and columns of the logits, on this rank, where
-        other strategies split them.
+    residual_tokens: tokens of a sequence's residual stream on this rank, where other strategies split them.
     around: is called with each Action of this rank, which then happens within the context that it returns.
     """
 
@@ -118,9 +117,7 @@ class PipelineStep:
         mesh: DeviceMesh,
         device: torch.device,
         compute_dtype: torch.dtype,
-        loss: Callable[[Tensor, Tensor], Tensor],
         residual_tokens: int | None = None,
-        vocab_size: int | None = None,
         around: Callable[[Action], AbstractContextManager[None]] = lambda _: nullcontext(),
     ) -> None:
         self.around, self.group, self.device = around, mesh.get_group(), device
@@ -135,25 +132,20 @@ class PipelineStep:
         b, t, d = recipe.micro_batch, len(stages[0].rotary.positions), recipe.model.d_model
         first_in = example(b, t, dtype=torch.int64)
         hidden = example(b, residual_tokens or t, d, dtype=compute_dtype)
-        logits = example(b, t, vocab_size or recipe.model.vocab_size, dtype=compute_dtype)
+        loss = example(dtype=torch.promote_types(compute_dtype, torch.float32))
         torch_stages = []
         for index, stage in zip(indices, stages, strict=True):
-            takes, gives = first_in if index == 0 else hidden, logits if index == n_stages - 1 else hidden
+            takes, gives = first_in if index == 0 else hidden, loss if index == n_stages - 1 else hidden
             torch_stages.append(_Stage(self, stage, index, n_stages, device, takes, gives, group=self.group))
-
-        def last_forward(logits: Tensor, targets: Tensor) -> Tensor:
-            # torch computes the loss after the last stage's forward: it is a part of it.
-            with self.action("forward", n_stages - 1, self._microbatch):
-                return loss(logits, targets)
 
         scheduled = torch_stages[0] if recipe.pipeline.single_stage else torch_stages
         make, n_microbatches = SCHEDULE_CLASSES[recipe.pipeline.schedule], recipe.n_microbatches
-        self.schedule = make(scheduled, n_microbatches, loss_fn=last_forward, scale_grads=False)
+        # What the last stage gives is the loss already.
+        self.schedule = make(scheduled, n_microbatches, loss_fn=lambda loss, _: loss, scale_grads=False)
 
     @contextmanager
     def action(self, name: str, stage: int, microbatch: int) -> Iterator[None]:
         """Within, this rank does that: in traces, and to whoever observes."""
-        self._microbatch = microbatch
         span = record_function(f"{name} stage {stage} microbatch {microbatch}")
         with span, self.around(Action(name, stage, microbatch)):
             yield
@@ -165,8 +157,9 @@ class PipelineStep:
         """
         losses: list[Tensor] = []
         inputs = (tokens.contiguous(),) if self.has_first else ()  # torch 2.11 compares strides too
-        target = targets if self.has_last else None
-        self.schedule.step(*inputs, target=target, losses=losses, return_outputs=False)
+        targets = targets.contiguous()
+        last = dict(targets=targets, target=targets) if self.has_last else {}  # for the model; for torch to see a loss
+        self.schedule.step(*inputs, **last, losses=losses, return_outputs=False)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for loss in losses:
             total += loss.detach()
