@@ -1017,6 +1017,7 @@ def test_a_rank_that_dies_amid_training_ends_the_run_with_the_steps_that_were_do
     while not (folder / "steps.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     forker, *ranks = children(process.pid)
+    assert b"launch.forking" in Path(f"/proc/{ranks[1]}/cmdline").read_bytes()  # no import of ours starts a thread
     os.kill(ranks[1], number)
     _, err = process.communicate(timeout=180)
     record = read_record(folder / "record.json")
