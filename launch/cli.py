@@ -1,4 +1,4 @@
-"""The `lab` command. Exit codes: 0 done, 1 a run failed, 2 the recipe or the command line is wrong."""
+"""The `lab` command. Exit codes: 0 done, 1 a run failed, 2 the recipe or the command line is wrong, 75 see EXAMPLES."""
 
 import argparse
 import os
@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 
 from launch.commands import check, compare, dry_run, report, run
-from launch.supervisor import Interrupted
+from launch.supervisor import Interrupted, Stopped
 from launch.terminal import CommandError, Parser, did_you_mean, printable
+from launch.verdict import STOPPED
 from parallel.measure.record import version
 from parallel.recipe import RecipeError
 
@@ -23,7 +24,8 @@ EXAMPLES = """examples:
   lab compare recipes/compare/first-look.toml          a table of four strategies in a minute
   lab report runs --html page.html                     a page of every result in a folder
 
-exit codes: 0 done, 1 a run failed, 2 the recipe or the command line is wrong"""
+exit codes: 0 done, 1 a run failed, 2 the recipe or the command line is wrong,
+75 a signal has ended a run that saved itself and can go on: --resume"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = COMMANDS[arguments.command].run(arguments)
         sys.stdout.flush()
         return code
+    except Stopped as error:
+        print(f"lab: {printable(error)}", file=sys.stderr)
+        return STOPPED
     except (KeyboardInterrupt, Interrupted) as error:
         print(f"lab: interrupted{f' by {error}' if str(error) else ''}; nothing is left running", file=sys.stderr)
         return 1

@@ -1,6 +1,7 @@
 """The folders of results: DIR/<name>/ of a run, and of a comparison, whose variants are runs in it.
 
     run          recipe.toml  record.json  steps.jsonl  logs/rank-<r>.log  trace-rank-<r>.json.gz
+                 lives.json  checkpoints/ (parallel/checkpoint/files.py)
     comparison   comparison.json (the variants, in order)  table.txt  page.html  <variant>/  predicted/<variant>/
 
 A folder that holds something else is refused, and no file but these is ever removed.
@@ -12,6 +13,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from parallel.checkpoint.files import last_readable, refuse_unfit, step_folders
 from parallel.recipe import Recipe, RecipeError, check_name
 
 RUN_FILES = ("recipe.toml", "record.json", "steps.jsonl")
@@ -33,11 +35,46 @@ def refuse_other_folder(folder: Path, marks: tuple[str, ...]) -> None:
         raise RecipeError("--out", str(folder), remedy)
 
 
-def prepare_run(folder: Path) -> None:
-    """An empty folder for a run: what an earlier run of this name left is removed. Raises RecipeError."""
+def refuse_checkpoints(folder: Path) -> None:
+    """RecipeError where a run that starts afresh would mix its checkpoints with those of an earlier one."""
+    if found := step_folders(folder):
+        remedy = f"holds checkpoints up to {found[0].name}; go on with --resume, or give another folder or name"
+        raise RecipeError("--out", str(folder), remedy)
+
+
+def resumed_run(recipe: Recipe, folder: Path, *, resume: bool, resume_from: Path | None) -> Path | None:
+    """The folder of the run that one in `folder` goes on from; None where it starts afresh.
+
+    Raises RecipeError where it cannot: what can be known before its ranks have looked at every byte.
+    """
+    if not resume:
+        refuse_checkpoints(folder)
+    run = folder if resume else resume_from
+    if run is None:
+        return None
+    checkpoint = last_readable(run)
+    if checkpoint is not None:
+        refuse_unfit(recipe, checkpoint, resume=resume)
+    elif not resume or step_folders(run):
+        raise RecipeError("--resume" if resume else "--resume-from", str(run), "holds no checkpoint that can be read")
+    elif not recipe.checkpoint.every:
+        raise RecipeError("checkpoint.every", 0, f"keeps no checkpoints, and --resume finds none in {folder}; set it")
+    return run
+
+
+def prepare_run(folder: Path, *, resume: bool = False) -> None:
+    """A folder for a run, without what an earlier one of this name left, or as its next life needs it.
+
+    Raises RecipeError.
+    """
     refuse_other_folder(folder, RUN_FILES)
+    if not resume:
+        refuse_checkpoints(folder)
     try:
-        remove_run(folder)
+        if resume:
+            remove_results(folder, resume=True)
+        else:
+            remove_run(folder)
         (folder / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError("--out", str(folder), f"cannot be written ({error.strerror}); give another folder") from None
@@ -53,8 +90,9 @@ def remove_run(folder: Path) -> None:
             path.rmdir()
 
 
-def remove_results(folder: Path) -> None:
-    known = (folder / "record.json", folder / "steps.jsonl")
+def remove_results(folder: Path, *, resume: bool = False) -> None:
+    """resume: those alone that the next life of the run makes anew."""
+    known = [folder / "record.json"] + ([] if resume else [folder / "steps.jsonl", folder / "lives.json"])
     for path in (*known, *folder.glob("record.json.*.partial"), *folder.glob("trace-rank-*.json.gz")):
         path.unlink(missing_ok=True)
 
@@ -64,6 +102,8 @@ def prepare_comparison(folder: Path, name: str, variants: Sequence[str], *, keep
     refuse_other_folder(folder, COMPARISON_FILES)
     for variant in variants:
         refuse_other_folder(folder / variant, RUN_FILES)
+        if variant not in keep:
+            refuse_checkpoints(folder / variant)
     try:
         for variant in {*variants, *variant_order(folder)}.difference(keep):
             remove_run(folder / variant)

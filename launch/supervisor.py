@@ -16,16 +16,21 @@ from typing import Any
 
 from launch.folder import prepare_run, recipe_toml
 from launch.starting import POLL_SECONDS, Rank, Starter, free_port, stop
-from launch.verdict import FRAME, place, settle, text_of, why
+from launch.verdict import FRAME, STOPPED, place, settle, text_of, why
 from parallel.recipe import Recipe, RecipeError
 
 GRACE_SECONDS = 5.0  # for the peers of a rank that died: they may have something to say
 STACK_SECONDS = 3.0  # for the answer to "where are you?"
+SAVING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # those that launch.train heeds
 MAX_LOCAL_RANKS = 128  # where they are not forked, some 200 MB and two seconds of CPU time each before the first step
 
 
 class Interrupted(Exception):
     """A signal asked the run to end; its text is the signal's name."""
+
+
+class Stopped(Interrupted):
+    """The same, and the run has saved itself before; its text says how to go on."""
 
 
 def refuse_too_many(recipe: Recipe) -> None:
@@ -42,18 +47,21 @@ def supervise(
     starter: Starter,
     echo: Callable[[str], None] | None = None,
     options: Sequence[str] = (),
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Runs `recipe` in out/<name>/ and returns its record, whatever came of it; `echo` gets what rank 0 prints.
 
-    options: of `rank_options`. Raises RecipeError where the folder cannot be used, and Interrupted, with the record
-    written, where SIGINT, SIGTERM or SIGHUP came. When it returns or raises no process of the run is left.
+    options: of launch.train. resume: the folder's run goes on, by an option among them. Raises RecipeError where the
+    folder cannot be used, and Interrupted, with the record written, where SIGINT, SIGTERM or SIGHUP came. A run with
+    checkpoints is handed SIGTERM and SIGUSR1 on: Stopped. When it returns or raises no process of the run is left.
     """
     folder = out / recipe.name
-    prepare_run(folder)
+    prepare_run(folder, resume=resume)
     (folder / "recipe.toml").write_text(recipe_toml(recipe), encoding="utf-8")
     ranks: list[Rank] = []
     failure: tuple[str, str] | None = None
-    with _signals() as received:
+    saving_signals = SAVING_SIGNALS if recipe.checkpoint.every else ()
+    with _signals(saving_signals) as received:
         try:
             limit_seconds = recipe.train.time_limit_seconds
             deadline = time.monotonic() + limit_seconds
@@ -61,7 +69,7 @@ def supervise(
                 with free_port() as port:
                     for rank in range(recipe.world_size):
                         ranks.append(starter.start(rank, recipe.world_size, port, folder, options))
-                    failure = _watch(ranks, limit_seconds, deadline, received, echo)
+                    failure = _watch(ranks, limit_seconds, deadline, received, saving_signals, echo)
             else:
                 failure = _interrupted(received) or _late(limit_seconds, "its imports were not done")
         except BaseException as error:
@@ -71,16 +79,18 @@ def supervise(
         finally:
             stop(ranks)
             record = settle(recipe, folder, failure)
-        if received:
+        if any(rank.process.returncode == STOPPED for rank in ranks):
+            raise Stopped(record["reason"])
+        if received and record["status"] != "ok":
             raise Interrupted(received[0].name)
     return record
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[signal.Signals]]:
+def _signals(more: Sequence[signal.Signals]) -> Iterator[list[signal.Signals]]:
     """The signals that asked for the end, in a list instead of an exception that could come at any instruction."""
     received: list[signal.Signals] = []
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *more}
     heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
     before = {number: signal.signal(number, lambda n, _: received.append(signal.Signals(n))) for number in heeded}
     try:
@@ -106,11 +116,13 @@ def _watch(
     limit_seconds: float,
     deadline: float,
     received: list[signal.Signals],
+    saving_signals: Sequence[signal.Signals],
     echo: Callable[[str], None] | None,
 ) -> tuple[str, str] | None:
     """Waits until all ranks have ended well, and returns None; or until it is known why not: (status, reason)."""
     output = _Output(ranks[0], echo)
     first: Rank | None = None  # of those that failed
+    handed_on = False
     while True:
         output.copy(POLL_SECONDS)
         running = [rank for rank in ranks if rank.ended() is None]
@@ -119,13 +131,19 @@ def _watch(
             # Of ranks that failed within one poll, one that a signal killed has had no time to follow another.
             first = min(failed, key=lambda rank: (rank.process.returncode > 0, rank.rank))
             deadline = time.monotonic() + GRACE_SECONDS
-        if received:
+        if received and not set(received) <= set(saving_signals):
             return _interrupted(received)
+        if received and not handed_on:
+            handed_on = True
+            for rank in running:
+                os.kill(rank.process.pid, received[0])
         if not running or time.monotonic() > deadline:
             break
     if first is None and running:
         return _late(limit_seconds, _ask_where(running))
     output.copy(0)
+    if received and first and first.process.returncode != STOPPED:  # it came before a rank could heed it
+        return _interrupted(received)
     return why(first.log.parent.parent, first.rank, first.process.returncode) if first else None
 
 
@@ -159,7 +177,7 @@ def _ask_where(running: list[Rank]) -> str:
     """Has each rank write its stack to its log, and says in a line where each is: those at one place together."""
     before = {rank.rank: rank.log.stat().st_size for rank in running}
     for rank in running:
-        os.kill(rank.process.pid, signal.SIGUSR1)  # not to what it has started
+        os.kill(rank.process.pid, signal.SIGUSR2)  # not to what it has started
     earlier: dict[int, str] | None = None
     stacks: dict[int, str] = {}
     deadline = time.monotonic() + STACK_SECONDS

@@ -77,6 +77,13 @@ def add_rank_options(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", type=Path, default=Path("runs"), help="results; default: runs")
 
 
+def add_resume_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--resume", action="store_true", help="go on from the run's last checkpoint; from the start if there is none")
+    start = "start from the last checkpoint of another run, in any layout"
+    add("--resume-from", metavar="RUN_DIR", type=Path, help=start)
+
+
 def rank_options(arguments: argparse.Namespace) -> list[str]:
     """Those options but --out, checked, as a command line has them. Raises RecipeError."""
     peak_flops = arguments.peak_flops

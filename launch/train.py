@@ -2,7 +2,8 @@
 
     torchrun --standalone --nproc-per-node 4 -m launch.train recipes/strategies/fsdp.toml --set train.steps=5
 
-Exit codes: 0 done, 1 failed, 2 the recipe or the command line is wrong. On SIGUSR1 it writes its stack to stderr.
+Exit codes: 0 done, 1 failed, 2 the recipe or the command line is wrong, 75 stopped by SIGTERM or SIGUSR1 with a
+checkpoint to --resume from (where checkpoint.every is above 0). On SIGUSR2 it writes its stack to stderr.
 """
 
 import contextlib
@@ -12,20 +13,29 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from launch.folder import RUN_FILES, refuse_other_folder, remove_results
-from launch.terminal import CommandError, Parser, add_rank_options, add_settings, printable, rank_options
-from launch.verdict import record_error, record_failure
+from launch.folder import RUN_FILES, refuse_other_folder, remove_results, resumed_run
+from launch.terminal import (
+    CommandError,
+    Parser,
+    add_rank_options,
+    add_resume_options,
+    add_settings,
+    printable,
+    rank_options,
+)
+from launch.verdict import STOPPED, record_error, record_failure
+from parallel.checkpoint.files import Stopped
 from parallel.recipe import Recipe, RecipeError, load_recipe
 
 
 def main(argv: list[str]) -> int:
     faulthandler.enable()  # where native code crashes, it says from which line
     # The launcher asks a rank that hangs where it is, even inside a collective, which no Python handler could answer.
-    faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
+    faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=True)
     rank = 0
     try:
         rank, world_size = (_from_environment(key, default) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -33,6 +43,7 @@ def main(argv: list[str]) -> int:
         parser.add_argument("recipe", metavar="RECIPE", help="a TOML file; see recipes/")
         add_settings(parser)
         add_rank_options(parser)
+        add_resume_options(parser)
         arguments = parser.parse(argv)
         rank_options(arguments)
         recipe = load_recipe(arguments.recipe, arguments.set)
@@ -42,9 +53,10 @@ def main(argv: list[str]) -> int:
             raise RecipeError("WORLD_SIZE", world_size, remedy)
         folder = arguments.out / recipe.name
         folder.mkdir(parents=True, exist_ok=True)
+        resume_from = resumed_run(recipe, folder, resume=arguments.resume, resume_from=arguments.resume_from)
         if rank == 0:
             refuse_other_folder(folder, RUN_FILES)
-            remove_results(folder)
+            remove_results(folder, resume=arguments.resume)
     except OSError as error:
         print(f"launch.train: rank {rank}: --out cannot be used: {printable(error)}", file=sys.stderr)
         return 2
@@ -53,7 +65,8 @@ def main(argv: list[str]) -> int:
             print(f"launch.train: {printable(error)}", file=sys.stderr)
         return 2
     options = {key: getattr(arguments, key) for key in ("peak_flops", "profile", "matmul")}
-    return run(recipe, folder, rank, options)
+    asked = _signals() if recipe.checkpoint.every else ()
+    return run(recipe, folder, rank, options | {"resume_from": resume_from, "asked": asked})
 
 
 def run(recipe: Recipe, folder: Path, rank: int, options: Mapping[str, Any]) -> int:
@@ -64,6 +77,10 @@ def run(recipe: Recipe, folder: Path, rank: int, options: Mapping[str, Any]) -> 
 
         train(recipe, out=folder, **options)
         return 0
+    except Stopped as error:  # the same on every rank
+        if record_failure(recipe, folder, "failed", str(error)):
+            print(f"launch.train: {printable(error)}", file=sys.stderr)
+        return STOPPED
     except RecipeError as error:  # what only this host could tell: no such device, no such data
         if record_failure(recipe, folder, "refused", str(error)):
             print(f"launch.train: {printable(error)}", file=sys.stderr)
@@ -82,6 +99,14 @@ def import_training() -> None:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def _signals() -> Sequence[int]:
+    """The signals that ask for a checkpoint and the end, in a list that grows as they come."""
+    asked: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: asked.append(number))
+    return asked
 
 
 def _from_environment(key: str, default: int) -> int:

@@ -16,7 +16,7 @@ import launch
 import parallel
 from launch.folder import rank_log
 from launch.terminal import printable
-from parallel.measure.record import new_record, read_record, read_steps, record_json, write_record
+from parallel.measure.record import new_record, read_lives, read_record, read_steps, record_json, write_record
 from parallel.recipe import Recipe
 
 # How gloo and NCCL say that another rank is gone. Such a rank has a better reason to give, or is past giving one.
@@ -26,6 +26,7 @@ PEER_LOST = re.compile(
     re.IGNORECASE,
 )
 PEER_SECONDS = 2.0
+STOPPED = 75  # exit code of a run that a signal has ended, and that can go on: EX_TEMPFAIL of sysexits.h
 TAIL_LINES = 6
 FATAL = "Fatal Python error: "  # then come the stacks of a rank that a signal such as SIGSEGV has ended
 PACKAGE_PARENT = re.compile(r"/(?:[^/\s\"']+/)*?(?=(?:site-packages|dist-packages|parallel|launch)/)")
@@ -46,13 +47,19 @@ def record_failure(recipe: Recipe, folder: Path, status: str, reason: str) -> bo
     """Writes record.json with the steps that were done, unless it is there: the first rank to fail knows why."""
     try:
         with open(folder / "record.json", "x", encoding="utf-8") as file:
-            known = {"status": status, "reason": reason, "steps": read_steps(folder / "steps.jsonl")}
-            file.write(record_json(new_record(recipe) | known) + "\n")
+            file.write(record_json(_begun(recipe, folder) | {"status": status, "reason": reason}) + "\n")
     except FileExistsError:
         return False
     except OSError as error:
         print(f"launch.train: cannot record this: {printable(error)}", file=sys.stderr)
     return True
+
+
+def _begun(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """The record of a run that has not come to its end: the steps that were done, and its lives."""
+    record = new_record(recipe) | {"steps": read_steps(folder / "steps.jsonl")}
+    record["checkpoint"]["lives"] = read_lives(folder)
+    return record
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -80,6 +87,8 @@ def why(folder: Path, rank: int, code: int) -> tuple[str, str]:
     if code < 0 or not written["kind"] or written["status"] == "ok":
         return "failed", f"rank {rank} {_end_in_words(code, log)}\n{_tail(log)}"
     reason = written["reason"] or ""
+    if code == STOPPED:
+        return written["status"], reason
     if written["status"] != "refused":
         teller = re.match(r"rank (\d+): ", reason)
         tellers_log = rank_log(folder, int(teller[1])) if teller else log
@@ -95,7 +104,7 @@ def settle(recipe: Recipe, folder: Path, failure: tuple[str, str] | None) -> dic
         if path.exists():
             return written
         failure = ("failed", "every rank ended well, but none wrote record.json")
-    record = new_record(recipe) | {"steps": read_steps(folder / "steps.jsonl")}
+    record = _begun(recipe, folder)
     if written["recipe"] == record["recipe"]:
         record = written
     record |= {"status": failure[0], "reason": failure[1]}

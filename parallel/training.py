@@ -1,6 +1,8 @@
 """One rank's run: prove the layout, train, record."""
 
 import os
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +10,15 @@ import torch
 import torch.distributed as dist
 
 from parallel.batches import corpus_of, refuse_different_data, rows_of_replica, token_batch
+from parallel.checkpoint.files import Checkpoint, last_readable, refuse_unfit, remove_checkpoint, step_folders
+from parallel.checkpoint.saving import Saver, last_whole, load
 from parallel.collectives import gathered
 from parallel.engines.engine import run_step
 from parallel.engines.native import NativeEngine
 from parallel.measure.clock import WARM_UP_STEPS, Clock
 from parallel.measure.counters import Counters, fill_in
 from parallel.measure.hardware import faster_float32_matmul, float32_matmul, matmul_ceiling, peak_of_rank
-from parallel.measure.journal import FiniteCheck, Journal, Progress
+from parallel.measure.journal import FiniteCheck, Journal, Progress, begin_life
 from parallel.measure.observer import Step
 from parallel.measure.record import Record, write_record
 from parallel.measure.timeline import Timeline
@@ -22,11 +26,18 @@ from parallel.measure.trace import Trace
 from parallel.mesh import build_mesh
 from parallel.process import process_group, say
 from parallel.proof import prove
-from parallel.recipe import Recipe
+from parallel.recipe import Recipe, RecipeError
 
 
 def train(
-    recipe: Recipe, *, out: Path, peak_flops: float | None = None, profile: bool = False, matmul: str | None = None
+    recipe: Recipe,
+    *,
+    out: Path,
+    peak_flops: float | None = None,
+    profile: bool = False,
+    matmul: str | None = None,
+    resume_from: Path | None = None,
+    asked: Sequence[int] = (),
 ) -> dict[str, Any] | None:
     """Runs `recipe` as one rank of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them.
 
@@ -34,15 +45,28 @@ def train(
     peak_flops: of one rank's device, FLOP/s, where its datasheet peak is not known or not what is wanted.
     profile: each rank writes a trace of the fourth step, or of the last one before, to out/trace-rank-<r>.json.gz.
     matmul: torch's precision of float32 products on a CPU; None: the faster one that is exact to 1e-6.
+    resume_from: the folder of a run, whose last whole checkpoint this one goes on from; `out`: the same run goes on.
+    asked: signals that ask for the end, as they come; a run with checkpoints saves itself then, and raises Stopped.
     Raises RecipeError for what only the host can tell: no such device, no such data; and Diverged.
     """
     with process_group(recipe) as (device, unused):
         if device.type != "cpu" or recipe.train.dtype != "float32":
             matmul = "highest"
         elif matmul is None:
-            matmul = gathered(faster_float32_matmul() if dist.get_rank() == 0 else "")[0]
+            before = last_readable(out) if resume_from == out else None  # the same run stays exactly the same
+            found = before.float32_matmul if before else faster_float32_matmul() if dist.get_rank() == 0 else ""
+            matmul = gathered(found)[0]
         with float32_matmul(matmul):
-            return train_in_group(recipe, out=out, device=device, peak_flops=peak_flops, profile=profile, note=unused)
+            return train_in_group(
+                recipe,
+                out=out,
+                device=device,
+                peak_flops=peak_flops,
+                profile=profile,
+                resume_from=resume_from,
+                asked=asked,
+                note=unused,
+            )
 
 
 def train_in_group(
@@ -53,6 +77,8 @@ def train_in_group(
     peak_flops: float | None = None,
     profile: bool = False,
     first_step: int = 1,
+    resume_from: Path | None = None,
+    asked: Sequence[int] = (),
     note: str | None = None,
 ) -> dict[str, Any] | None:
     """The same, where the process group is there. Tokens are those of steps first_step, first_step + 1, ...
@@ -74,24 +100,39 @@ def train_in_group(
         say(f"warning: {note}")
     say(f"{recipe.name}: {dist.get_world_size()} ranks on {device.type} with {dist.get_backend()}")
     say(f"data: {corpus.description}")
+    checkpoint = None
+    if resume_from is not None:
+        checkpoint = _checkpoint_of(recipe, resume_from, same_run=resume_from == out, data=corpus.description)
     if recipe.train.parity:
         record.parity = prove(recipe, mesh=mesh, device=device)
     ceiling = _ceiling(recipe, device)
 
     engine = NativeEngine(recipe, mesh=mesh, device=device)
     parameters = [parameter for _, parameter in engine.named_parameters()]
+    if checkpoint is not None:
+        engine.load_state(partial(load, checkpoint))
+        first_step = checkpoint.step + 1
+        say(f"resumed from step {checkpoint.step} of {checkpoint.recipe['name']}")
+    if dist.get_rank() == 0 and (recipe.checkpoint.every or checkpoint is not None):
+        _begin_life(recipe, out, checkpoint, same_run=resume_from == out)
     clock = Clock(recipe, device)
     counters = Counters(recipe, parameters, engine.optimizer, mesh=mesh, device=device)
     traced = min(first_step + WARM_UP_STEPS, recipe.train.steps)
     engine.observers += [
         FiniteCheck(),
         Progress(recipe.train.steps),
-        Journal(out / "steps.jsonl"),
+        Journal(out / "steps.jsonl", first_step=first_step),
         *([Trace(out, device, mesh=mesh, number=traced, clock=clock)] if profile else []),
         Timeline(recipe, device, mesh=mesh, clock=clock),
         clock,
         counters,
     ]
+    if recipe.checkpoint.every:
+        matmul = record.environment.float32_matmul
+        about = {"recipe": recipe.resolved(), "data": corpus.description, "float32_matmul": matmul}
+        saver = Saver(recipe, engine.state, run=out, about=about, clock=clock, device=device, asked=asked)
+        saver.refuse_to_begin()
+        engine.observers.insert(0, saver)
     for number in range(first_step, recipe.train.steps + 1):
         run_step(engine, Step(number), lambda number: token_batch(corpus, recipe, number - 1, rows, device))
     for observer in engine.observers:
@@ -114,6 +155,33 @@ def train_in_group(
         return None
     write_record(out / "record.json", record.as_json())
     return record.as_json()
+
+
+def _checkpoint_of(recipe: Recipe, run: Path, *, same_run: bool, data: str) -> Checkpoint | None:
+    """The one that this run goes on from; None where the same run has none yet. Raises RecipeError. Collective."""
+    checkpoint = last_whole(run)
+    if checkpoint is None:
+        if not same_run:
+            raise RecipeError("--resume-from", str(run), "holds no checkpoint; give the folder of a run that has one")
+        say("there is no checkpoint yet: from the first step on")
+        return None
+    refuse_unfit(recipe, checkpoint, resume=same_run)
+    if same_run and checkpoint.data != data:
+        remedy = f"now gives other tokens ({data}) than before ({checkpoint.data}); --resume needs the same"
+        raise RecipeError("data.source", recipe.data.source, remedy)
+    return checkpoint
+
+
+def _begin_life(recipe: Recipe, out: Path, checkpoint: Checkpoint | None, *, same_run: bool) -> None:
+    first_step, resumed_from = 1, None
+    if checkpoint is not None:
+        first_step = checkpoint.step + 1
+        resumed_from = {"name": checkpoint.recipe["name"], "step": checkpoint.step, "same_run": same_run}
+    if same_run:
+        for folder in step_folders(out):  # of steps that are trained again
+            if checkpoint is None or int(folder.name[5:]) > checkpoint.step:
+                remove_checkpoint(folder)
+    begin_life(out, first_step=first_step, layout=vars(recipe.parallel), resumed_from=resumed_from)
 
 
 def _ceiling(recipe: Recipe, device: torch.device) -> float:

@@ -82,7 +82,7 @@ def stuck():
     while True:
         time.sleep(0.02)
 
-def train(recipe, *, out, peak_flops, profile, matmul):
+def train(recipe, *, out, peak_flops, profile, matmul, resume_from, asked):
     RANK = int(os.environ["RANK"])
     book(os.getpid())
     print(f"rank {RANK} of {os.environ['WORLD_SIZE']}, threads {os.environ['OMP_NUM_THREADS']}", flush=True)

@@ -5,10 +5,19 @@ import sys
 
 from launch.commands.check import recipe_with_data
 from launch.compare import is_comparison
+from launch.folder import RUN_FILES, refuse_other_folder, resumed_run
 from launch.starting import Starter
 from launch.supervisor import refuse_too_many, supervise
 from launch.table import remark_on, table
-from launch.terminal import CommandError, add_rank_options, add_settings, printable, progress, rank_options
+from launch.terminal import (
+    CommandError,
+    add_rank_options,
+    add_resume_options,
+    add_settings,
+    printable,
+    progress,
+    rank_options,
+)
 from parallel.measure.record import record_json
 from parallel.recipe import RecipeError, read_toml
 
@@ -18,6 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc", metavar="N", type=int, help="processes; must be the product of [parallel]")
     add_settings(parser)
     add_rank_options(parser)
+    add_resume_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -29,10 +39,19 @@ def run(arguments: argparse.Namespace) -> int:
         raise RecipeError("--nproc", arguments.nproc, remedy)
     refuse_too_many(recipe)
     options = rank_options(arguments)
+    folder = arguments.out / recipe.name
+    refuse_other_folder(folder, RUN_FILES)
+    if resumed_run(recipe, folder, resume=arguments.resume, resume_from=arguments.resume_from):
+        options += ["--resume"] if arguments.resume else ["--resume-from", str(arguments.resume_from)]
     say = progress(arguments)
     with Starter() as starter:
         record = supervise(
-            recipe, out=arguments.out, starter=starter, echo=lambda line: say(printable(line)), options=options
+            recipe,
+            out=arguments.out,
+            starter=starter,
+            echo=lambda line: say(printable(line)),
+            options=options,
+            resume=arguments.resume,
         )
     if arguments.json:
         print(record_json(record))

@@ -38,6 +38,9 @@ class Engine(Protocol):
     def state(self) -> dict[str, Tensor]:
         """All that training changes: parameters by name, and the optimizer's state as "<name>.<its key>"."""
 
+    def load_state(self, read: Callable[[dict[str, Tensor]], None]) -> None:
+        """Hands `read` the whole `state`, before a first step too, to be filled in place. Collective."""
+
 
 def run_step(engine: Engine, step: Step, batch: Callable[[int], Iterable[Tensor]]) -> None:
     """One optimizer step, within the engine's observers. batch: number of a step -> tokens and targets."""

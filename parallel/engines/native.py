@@ -62,3 +62,19 @@ class NativeEngine:
             state[name] = parameter
             state |= {f"{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
         return state
+
+    @torch.no_grad()
+    def load_state(self, read: Callable[[dict[str, Tensor]], None]) -> None:
+        if not self.optimizer.state:  # a step makes it, whatever AdamW is; what it does to the weights is overwritten
+            for _, parameter in self.named_parameters():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            self.optimizer.step()
+            self.model.zero_gradients()
+        state = self.state()
+        read({name: value.detach() for name, value in state.items()})
+        for name, parameter in self.named_parameters():
+            if state[name] is not parameter:  # the other copy of a tied weight, on the turn of a V
+                parameter.copy_(state[name])
+                for key, value in self.optimizer.state[parameter].items():
+                    value.copy_(state[f"{name}.{key}"])

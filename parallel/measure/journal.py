@@ -3,14 +3,16 @@
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from parallel.measure.observer import Observer, Step
-from parallel.measure.record import Record, finite
+from parallel.measure.record import Record, finite, read_lives, read_steps, write_json
 from parallel.process import say
 
 KEPT_STEPS = 10_000  # in the record, evenly spaced
@@ -31,13 +33,36 @@ class FiniteCheck(Observer):
             raise Diverged(f"step {step.number} gave loss {loss:g} and gradient norm {norm:g}; the run has diverged")
 
 
-class Journal(Observer):
-    """A line of steps.jsonl for each step, and the steps of the record: all, or of a long run evenly spaced ones."""
+def begin_life(
+    folder: Path, *, first_step: int, layout: Mapping[str, int], resumed_from: Mapping[str, Any] | None
+) -> None:
+    """Adds a life to folder/lives.json, the first where this is not the same run that goes on. On rank 0 alone.
 
-    def __init__(self, path: Path) -> None:
+    Before the steps are removed that the life before it had done beyond first_step.
+    """
+    lives = (read_lives(folder) or []) if resumed_from and resumed_from["same_run"] else []
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    life = {"first_step": first_step, "last_step": None, "resumed_from": resumed_from, "layout": dict(layout)}
+    write_json(folder / "lives.json", [*lives, life | {"time_utc": now}])
+
+
+class Journal(Observer):
+    """A line of steps.jsonl for each step, and the steps of the record: all, or of a long run evenly spaced ones.
+
+    Steps from first_step on that are there already are of a life of the run that was lost, and are removed.
+    """
+
+    def __init__(self, path: Path, *, first_step: int = 1) -> None:
         self._path = path
         self._rows: list[dict[str, Any]] = []
         self._n_steps, self._stride = 0, 1
+        if dist.get_rank() == 0 and path.exists():
+            earlier = [row for row in read_steps(path) if row["step"] < first_step]
+            partial = path.with_name(f"{path.name}.partial")
+            partial.write_text("".join(json.dumps(row) + "\n" for row in earlier), encoding="utf-8")
+            os.replace(partial, path)
+            for row in earlier:
+                self._keep(row)
 
     @contextlib.contextmanager
     def step(self, step: Step) -> Iterator[None]:
@@ -47,6 +72,9 @@ class Journal(Observer):
         if dist.get_rank() == 0:
             with self._path.open("a") as file:
                 file.write(json.dumps(finite(row)) + "\n")
+        self._keep(row)
+
+    def _keep(self, row: dict[str, Any]) -> None:
         if self._n_steps % self._stride == 0:
             self._rows.append(row)
         self._n_steps += 1

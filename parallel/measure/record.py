@@ -114,6 +114,17 @@ class Pipeline:
     timeline: list[dict[str, Any]] | None = None  # {rank, stage, microbatch, action, start_seconds, end_seconds}
 
 
+@dataclass(kw_only=True)
+class Checkpoints:
+    """What saving cost the last life of a run, and the lives of the run: one more each time it resumed."""
+
+    saves: int | None = None
+    bytes: int | None = None  # of the last one, over all ranks
+    waited_seconds: float | None = None  # training stood still for a save: median, of the slowest rank
+    background_seconds: float | None = None  # from then until it was on the disk; null where nothing is asynchronous
+    lives: list[dict[str, Any]] | None = None  # {first_step, last_step, resumed_from, layout, time_utc}
+
+
 LAYOUT = (*MESH_DIMS, "world_size", "replicas", "n_microbatches", "n_stages")
 
 
@@ -135,6 +146,7 @@ class Record:
     memory: Memory = field(default_factory=Memory)
     traffic: list[dict[str, Any]] | None = None  # {mesh_dim, collective, calls, bytes_per_rank}
     pipeline: Pipeline = field(default_factory=Pipeline)
+    checkpoint: Checkpoints = field(default_factory=Checkpoints)
 
     @classmethod
     def of(cls, recipe: Recipe, kind: str = "measured") -> "Record":
@@ -220,9 +232,14 @@ def _cpu_model() -> str | None:
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Writes `record` as JSON; NaN and infinities become null. Whoever reads sees the old file or the new, whole."""
     assert record["status"] in STATUSES, record["status"]
+    write_json(path, record)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """The same for anything that JSON can say."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(record_json(record) + "\n", encoding="utf-8")
+        partial.write_text(record_json(value) + "\n", encoding="utf-8")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -248,6 +265,18 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             steps.append(finite(json.loads(line)))
     return [step for step in steps if isinstance(step, dict)]
+
+
+def read_lives(folder: Path) -> list[dict[str, Any]] | None:
+    """The lives of a run so far, in order, from its folder; None where it keeps no checkpoints."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        lives = json.loads((folder / "lives.json").read_text(encoding="utf-8"))
+        if isinstance(lives, list) and all(isinstance(life, dict) for life in lives):
+            numbers = [step.get("step") for step in read_steps(folder / "steps.jsonl")[-1:]]
+            for life in lives[-1:]:
+                life["last_step"] = next((n for n in numbers if isinstance(n, int) and n >= life["first_step"]), None)
+            return lives
+    return None
 
 
 def read_records(directory: Path) -> list[dict[str, Any]]:

@@ -290,6 +290,15 @@ class Recompute(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Checkpoint(Section):
+    """[checkpoint]: what a run saves of itself, to go on from."""
+
+    every: int = option(0, "steps from one to the next, and the last step; 0: never", minimum=0, maximum=10**9)
+    keep: int = option(2, "how many of the last ones stay", minimum=1, maximum=10**6)
+    asynchronous: bool = option(False, "written in the background, from a copy in memory")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sections:
     """A name and every section: what a Recipe is made of, before it is known that they go together."""
 
@@ -304,6 +313,7 @@ class Sections:
     context: Context
     pipeline: Pipeline
     recompute: Recompute
+    checkpoint: Checkpoint
 
     @cached_property
     def world_size(self) -> int:

@@ -1,0 +1,202 @@
+"""When a run saves itself, and how it goes on from what it saved."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from signal import Signals
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from parallel.checkpoint.files import (
+    MANIFEST,
+    Checkpoint,
+    CheckpointError,
+    Damaged,
+    Stopped,
+    candidates,
+    read_checkpoint,
+    remove_checkpoint,
+    step_folder,
+    step_folders,
+)
+from parallel.checkpoint.storage import SafetensorsReader, SafetensorsWriter
+from parallel.collectives import gathered
+from parallel.measure.clock import Clock
+from parallel.measure.observer import Observer, Step
+from parallel.measure.record import Record, read_lives
+from parallel.process import say
+from parallel.recipe import Recipe, RecipeError
+
+State = dict[str, Tensor]
+
+
+class Saver(Observer):
+    """Saves the run every n steps, after the last, and where a signal has asked any rank for the end.
+
+    The outermost of the observers: a step that another of them refuses is not saved. Collective, as its steps are.
+    state: the engine's. about: what the manifest says of the run. asked: signals that came to this rank, as they come.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        state: Callable[[], State],
+        *,
+        run: Path,
+        about: Mapping[str, Any],
+        clock: Clock,
+        device: torch.device,
+        asked: Sequence[int] = (),
+    ) -> None:
+        self._recipe, self._state, self._run, self._about = recipe, state, run, about
+        self._clock, self._device, self._asked = clock, device, asked
+        self._group = dist.new_group(backend="gloo")  # of its own: torch's planner talks while training does
+        self._stager = DefaultStager(StagingOptions(False, False, False, False))  # keeps the memory of its copy
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._running: Future[None] | None = None
+        self._waited: list[float] = []
+        self._in_background: list[float] = []
+        self._last: Path | None = None
+
+    @contextlib.contextmanager
+    def step(self, step: Step) -> Iterator[None]:
+        disturbed = self._running is not None and not self._running.done()
+        yield
+        last = step.number == self._recipe.train.steps
+        signal, failed = self._agreed()
+        if failed:
+            self._finish()
+        if last or signal or step.number % self._recipe.checkpoint.every == 0:
+            self._save(step.number)
+            disturbed = True
+        if disturbed:
+            self._clock.leave_out(step.number, "checkpoint")
+        if last or signal:
+            self._finish()
+        if signal and not last:
+            raise Stopped(f"stopped by {Signals(signal).name} after step {step.number}, and saved: --resume goes on")
+
+    def refuse_to_begin(self) -> None:
+        """Raises Stopped where a signal has come before the first step."""
+        signal, _ = self._agreed()
+        if signal:
+            raise Stopped(f"stopped by {Signals(signal).name} before its first step: --resume goes on")
+
+    def report(self, record: Record) -> None:
+        costs = gathered((self._waited, self._in_background))
+        slowest = [[max(of_save) for of_save in zip(*of_ranks, strict=True)] for of_ranks in zip(*costs, strict=True)]
+        waited, in_background = (statistics.median(seconds) if seconds else None for seconds in slowest)
+        kept = record.checkpoint
+        kept.saves, kept.waited_seconds, kept.background_seconds = len(self._waited), waited, in_background
+        if self._last is not None and dist.get_rank() == 0:
+            kept.bytes = read_checkpoint(self._last).n_bytes
+        kept.lives = read_lives(self._run)
+
+    def _agreed(self) -> tuple[int, int]:
+        """A signal that some rank was sent, and whether some rank's save has failed: the same on all ranks.
+
+        No reduction of a step has all ranks in it, so that this is one more, of two numbers.
+        """
+        failed = self._running is not None and self._running.done() and self._running.exception() is not None
+        mine = torch.tensor([max(self._asked, default=0), failed], device=self._device)
+        dist.all_reduce(mine, op=dist.ReduceOp.MAX)
+        signal, failed = mine.tolist()
+        return signal, failed
+
+    def _save(self, number: int) -> None:
+        start = time.perf_counter()
+        self._finish()  # one at a time
+        state = {name: value.detach() for name, value in self._state().items()}
+        folder = step_folder(self._run, number)
+        writer = SafetensorsWriter(folder, {"step": number, **self._about})
+        if self._recipe.checkpoint.asynchronous:
+            copy = self._stager.stage(state)
+            assert isinstance(copy, dict), "made on this thread, before training goes on"
+            self._running = self._thread.submit(self._write_in_background, copy, writer)
+        else:
+            self._write(state, writer)
+        self._waited.append(time.perf_counter() - start)
+        self._last = folder
+
+    def _finish(self) -> None:
+        """Waits for what is written in the background. Raises CheckpointError."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def _write_in_background(self, state: State, writer: SafetensorsWriter) -> None:
+        start = time.perf_counter()
+        self._write(state, writer)
+        self._in_background.append(time.perf_counter() - start)
+
+    def _write(self, state: State, writer: SafetensorsWriter) -> None:
+        try:
+            dcp.save(state, storage_writer=writer, process_group=self._group)
+            if dist.get_rank() == 0:
+                self._remove_old(writer.folder)
+        except dcp.CheckpointException as error:  # the same on all ranks, after all have done what they could
+            rank, (cause, _) = sorted(error.failures.items())[0]
+            if dist.get_rank() == 0:
+                with contextlib.suppress(OSError):
+                    remove_checkpoint(writer.folder)
+            left = [folder.name for folder in candidates(self._run) if folder != writer.folder]
+            last = f"the last good one is {left[0]}" if left else "there is none before it"
+            reason = f"rank {rank}: {type(cause).__name__}: {cause}"
+            raise CheckpointError(f"checkpoint {writer.folder.name} cannot be written ({reason}); {last}") from None
+
+    def _remove_old(self, newest: Path) -> None:
+        older = [folder for folder in step_folders(self._run) if folder != newest]
+        whole = [folder for folder in older if (folder / MANIFEST).exists()]
+        for folder in older:
+            if folder not in whole[: self._recipe.checkpoint.keep - 1]:
+                remove_checkpoint(folder)
+
+
+# ---- going on ------------------------------------------------------------------------------------------------------
+
+
+def last_whole(run: Path) -> Checkpoint | None:
+    """The last checkpoint of `run` whose every file is as it was written; None where the run has none at all.
+
+    Each rank looks at its share of the files. Those that are damaged are named. Raises RecipeError where all are.
+    Collective.
+    """
+    folders: list[Path] = gathered(candidates(run))[0]
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for folder in folders:
+        checkpoint, damage = None, None
+        try:
+            checkpoint = read_checkpoint(folder)
+            looked_at = map(checkpoint.damage, sorted(checkpoint.files)[rank::world_size])
+            damage = next((found for found in looked_at if found), None)
+        except Damaged as error:
+            damage = str(error)
+        found = next((theirs for theirs in gathered(damage) if theirs), None)
+        if found is None:
+            return checkpoint
+        say(f"warning: checkpoint {folder.name} is damaged: {found}; looking for the one before")
+    if folders:
+        raise RecipeError("--resume", str(run), "holds no checkpoint that is whole; run without it, in another folder")
+    return None
+
+
+def load(checkpoint: Checkpoint, into: State) -> None:
+    """Fills the tensors of `into`, an engine's state, with those of `checkpoint`. Collective.
+
+    Weights alone, as those that were imported, leave the optimizer's state at zero.
+    """
+    weights_alone = not any(name.endswith(".exp_avg") for name in checkpoint.tensors)
+    if weights_alone:
+        for name, value in into.items():
+            if name not in checkpoint.tensors:
+                value.zero_()
+        into = {name: value for name, value in into.items() if name in checkpoint.tensors}
+    dcp.load(into, storage_reader=SafetensorsReader(checkpoint))
