@@ -5,14 +5,21 @@ import os
 import sys
 from collections.abc import Sequence
 
-from launch.commands import check, compare, dry_run, report, run
+from launch.commands import check, checkpoint, compare, dry_run, report, run
 from launch.supervisor import Interrupted, Stopped
 from launch.terminal import CommandError, Parser, did_you_mean, printable
 from launch.verdict import STOPPED
 from parallel.measure.record import version
 from parallel.recipe import RecipeError
 
-COMMANDS = {"check": check, "run": run, "dry-run": dry_run, "compare": compare, "report": report}
+COMMANDS = {
+    "check": check,
+    "run": run,
+    "dry-run": dry_run,
+    "compare": compare,
+    "report": report,
+    "checkpoint": checkpoint,
+}
 EXAMPLES = """examples:
   lab check recipes/strategies/*.toml                  is every recipe right? starts nothing
   lab run recipes/strategies/fsdp.toml                 4 processes on this machine
@@ -23,6 +30,8 @@ EXAMPLES = """examples:
                                                        memory and traffic of a rank, from this machine alone
   lab compare recipes/compare/first-look.toml          a table of four strategies in a minute
   lab report runs --html page.html                     a page of every result in a folder
+  lab run recipes/tiny.toml --set checkpoint.every=5   saves itself; --resume goes on, in any layout
+  lab checkpoint export runs/tiny --to tiny-llama      its weights, for Hugging Face's transformers
 
 exit codes: 0 done, 1 a run failed, 2 the recipe or the command line is wrong,
 75 a signal has ended a run that saved itself and can go on: --resume"""

@@ -121,9 +121,16 @@ def _run(identifier: str, record: Mapping[str, Any]) -> dict[str, Any]:
         "bubble": measured["pipeline"]["bubble_fraction"],
         "bubble_ideal": measured["pipeline"]["bubble_fraction_ideal"],
         "timeline": _folded(_timeline(record["pipeline"].get("timeline"))),
+        "checkpoint": _checkpoint(record["checkpoint"], measured["checkpoint"]),
         "recipe": _plain(recipe),
         "environment": _plain(environment),
     }
+
+
+def _checkpoint(checkpoint: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any] | None:
+    """{saves, bytes, waited_seconds, background_seconds, lives: how many}; None of a run that keeps none."""
+    lives = len(_rows(checkpoint.get("lives"))) or None
+    return {**measured, "lives": lives} if lives else None
 
 
 def _folded(value: Any) -> str | None:

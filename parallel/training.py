@@ -166,7 +166,7 @@ def _checkpoint_of(recipe: Recipe, run: Path, *, same_run: bool, data: str) -> C
         say("there is no checkpoint yet: from the first step on")
         return None
     refuse_unfit(recipe, checkpoint, resume=same_run)
-    if same_run and checkpoint.data != data:
+    if same_run and checkpoint.data not in (None, data):
         remedy = f"now gives other tokens ({data}) than before ({checkpoint.data}); --resume needs the same"
         raise RecipeError("data.source", recipe.data.source, remedy)
     return checkpoint

@@ -507,7 +507,10 @@ def test_the_choice_and_the_order_survive_in_the_address(open_page: Open) -> Non
 
 
 def test_each_run_tells_its_recipe_command_versions_and_hardware(open_page: Open) -> None:
-    page = open_page(complete_comparison())
+    found = complete_comparison()
+    costs = {"saves": 3, "bytes": 18_604_044, "waited_seconds": 0.3562, "background_seconds": 2.25}
+    found["fsdp-tp"]["checkpoint"] = costs | {"lives": [{"first_step": 1, "last_step": 8}, {"first_step": 7}]}
+    page = open_page(found)
     page.locator("#runs").get_by_role("link", name="fsdp-tp").click()
     details = page.locator("#details details[open]")
     command, recipe = details.locator("pre").all_text_contents()
@@ -519,6 +522,8 @@ def test_each_run_tells_its_recipe_command_versions_and_hardware(open_page: Open
     expect(details).to_contain_text("Test CPU, 2 cores")
     expect(details).to_contain_text("16 steps timed; left out: 3 warm-up, 1 profile")
     expect(details).to_contain_text("memory and trafficof step 2")
+    waited = "training waited 0.356 s for each, 2.25 s in the background"
+    expect(details).to_contain_text(f"checkpoints3 saves of 17.7 MiB; {waited}; 2 lives")
     expect(details).to_contain_text(empty_record("a")["environment"]["torch"])
 
 

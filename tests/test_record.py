@@ -55,6 +55,7 @@ CONTRACT: dict[str, Any] = {
     "memory": {"per_rank", "max_peak_bytes", "min_peak_bytes", "step", "note"},
     "traffic": None,
     "pipeline": {"bubble_fraction", "bubble_fraction_ideal", "timeline"},
+    "checkpoint": {"saves", "bytes", "waited_seconds", "background_seconds", "lives"},
 }
 RECIPE = recipe_from_tables(
     {"name": "mix", "parallel": {"pp": 2, "dp_shard": 2, "tp": 2}, "train": {"global_batch": 8, "micro_batch": 1}}

@@ -229,12 +229,22 @@ function stepsInWords({ steps_timed: timed, steps_left_out: leftOut }) {
   return `${timed} ${timed === 1 ? "step" : "steps"} timed${reasons.length ? `; left out: ${reasons.join(", ")}` : ""}`;
 }
 
+/** As "3 saves of 17.7 MiB; training waited 0.36 s for each; 2 lives". */
+function checkpointsInWords(kept) {
+  if (kept === null) return undefined;
+  const known = isNumber(kept.saves) && isNumber(kept.bytes) && isNumber(kept.waited_seconds);
+  const [unit, size] = byteUnit([kept.bytes]);
+  const each = `${kept.saves} saves of ${axisFormat.format(kept.bytes / size)} ${unit}; training waited ${axisFormat.format(kept.waited_seconds)} s for each`;
+  const behind = isNumber(kept.background_seconds) ? `, ${axisFormat.format(kept.background_seconds)} s in the background` : "";
+  return `${known ? `${each}${behind}; ` : ""}${kept.lives} ${kept.lives === 1 ? "life" : "lives"}`;
+}
+
 function detailsOf(run) {
   const { environment, flops, memory } = run;
   const format = (share) => `${axisFormat.format(share * 100)} %`;
   const mfu = flops.mfu === null ? whyNoMfu(run) && `none: ${whyNoMfu(run)}` : format(flops.mfu);
   const facts = [
-    ["status", run.status], ["MFU", mfu], ["steps", stepsInWords(run)],
+    ["status", run.status], ["MFU", mfu], ["steps", stepsInWords(run)], ["checkpoints", checkpointsInWords(run.checkpoint)],
     ["memory and traffic", memory && isNumber(memory.step) ? `of step ${memory.step}` : null],
     ["about the memory", memory?.note ?? undefined], ["layout", run.layout], ["ranks", run.world_size], ["hardware", run.hardware],
     ["device", environment.device], ["backend", environment.backend], ["torch", environment.torch], ["Python", environment.python],

@@ -131,7 +131,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         files = {_part_name(name): (int(file["bytes"]), str(file["sha256"])) for name, file in content["files"].items()}
         tensors = {name: _stored_tensor(name, tensor, files) for name, tensor in content["tensors"].items()}
         step, recipe, data = content["step"], content["recipe"], content["data"]
-        if type(step) is not int or step < 0 or not isinstance(recipe, dict):
+        sections = [recipe[section] for section in ("model", "data", "train", "parallel")]
+        if type(step) is not int or step < 0 or not all(isinstance(section, dict) for section in sections):
             raise Damaged(f"{MANIFEST} has no step or no recipe")
         return Checkpoint(
             folder=folder,
@@ -209,7 +210,7 @@ def refuse_unfit(recipe: Recipe, checkpoint: Checkpoint, *, resume: bool) -> Non
             refuse("data", key)
         for key in SAME_TRAINING:
             refuse("train", key)
-    elif weight_dtype(str(was["train"]["dtype"])) != weight_dtype(recipe.train.dtype):
+    elif weight_dtype(str(was["train"].get("dtype"))) != weight_dtype(recipe.train.dtype):
         refuse("train", "dtype")
     if checkpoint.step >= recipe.train.steps:
         remedy = f"the checkpoint is of step {checkpoint.step}: all are done; use more, to train on"

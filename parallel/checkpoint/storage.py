@@ -43,11 +43,13 @@ FILE_BYTES = 2**30  # a file is made in memory, and is about so large
 class SafetensorsWriter(StorageWriter):
     """Writes one checkpoint into `folder`; `about`: what its manifest says beside the tensors.
 
-    When torch's `save` returns, every part is on the disk and has been read back, and `latest` names the folder.
+    parts: what this rank holds of each tensor. Of the tensors that `save` is given it needs shapes and placements
+        alone, so that training may go on with them.
+    When `save` returns, every part is on the disk and has been read back, and `latest` names the folder.
     """
 
-    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
-        self.folder, self.about = folder, about
+    def __init__(self, folder: Path, about: Mapping[str, Any], parts: Mapping[str, Tensor]) -> None:
+        self.folder, self.about, self.parts = folder, about, parts
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None: ...
 
@@ -70,8 +72,7 @@ class SafetensorsWriter(StorageWriter):
         groups: list[list[tuple[WriteItem, Tensor]]] = []  # of a file each
         room = 0
         for item in plan.items:
-            tensor = planner.resolve_data(item)
-            assert isinstance(tensor, Tensor)
+            tensor = self.parts[item.index.fqn]
             if not groups or tensor.nbytes > room:
                 groups.append([])
                 room = FILE_BYTES
