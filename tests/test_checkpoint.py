@@ -575,6 +575,7 @@ def wait_for_steps(folder: Path, n_steps: int) -> None:
 
 
 def ranks_of(launcher: int) -> list[int]:
+    """The processes of a run, and before them that which they are forked from."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     return [int(child) for child in children]
 
@@ -588,7 +589,7 @@ def test_a_signal_to_the_launcher_or_to_any_rank_saves_the_run_and_ends_it(
     for to_the_launcher in (True, False):
         process = lab(tmp_path, *([] if to_the_launcher else ["--resume"]))
         wait_for_steps(tmp_path, n_steps + 3)
-        os.kill(process.pid if to_the_launcher else ranks_of(process.pid)[1], number)
+        os.kill(process.pid if to_the_launcher else ranks_of(process.pid)[-1], number)
         _, err = process.communicate(timeout=120)
         steps = read_steps(run / "steps.jsonl")
         done = re.fullmatch(rf"lab: stopped by {number.name} after step (\d+), and saved: --resume goes on\n", err)
@@ -611,7 +612,7 @@ def test_a_rank_that_is_killed_while_it_writes_leaves_the_one_before(tmp_path: P
     """Saved after every step, so that the kill comes close to a save, and often within one."""
     process = lab(tmp_path, "--set", "checkpoint.every=1")
     wait_for_steps(tmp_path, 5)
-    os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
+    os.kill(ranks_of(process.pid)[-1], signal.SIGKILL)
     process.communicate(timeout=120)
     assert process.returncode == 1
     n_done = len(read_steps(tmp_path / "runs/run/steps.jsonl"))
