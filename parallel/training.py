@@ -20,7 +20,7 @@ from parallel.measure.counters import Counters, fill_in
 from parallel.measure.hardware import faster_float32_matmul, float32_matmul, matmul_ceiling, peak_of_rank
 from parallel.measure.journal import FiniteCheck, Journal, Progress, begin_life
 from parallel.measure.observer import Step
-from parallel.measure.record import Record, write_record
+from parallel.measure.record import Record, read_lives, write_record
 from parallel.measure.timeline import Timeline
 from parallel.measure.trace import Trace
 from parallel.mesh import build_mesh
@@ -137,6 +137,7 @@ def train_in_group(
         run_step(engine, Step(number), lambda number: token_batch(corpus, recipe, number - 1, rows, device))
     for observer in engine.observers:
         observer.report(record)
+    record.checkpoint.lives = read_lives(out)
 
     if device.type == "cpu":  # whatever else runs on the machine can only slow a product down
         ceiling = max(ceiling, _ceiling(recipe, device))
@@ -176,12 +177,13 @@ def _begin_life(recipe: Recipe, out: Path, checkpoint: Checkpoint | None, *, sam
     first_step, resumed_from = 1, None
     if checkpoint is not None:
         first_step = checkpoint.step + 1
-        resumed_from = {"name": checkpoint.recipe["name"], "step": checkpoint.step, "same_run": same_run}
+        resumed_from = {"name": checkpoint.recipe["name"], "step": checkpoint.step}
     if same_run:
         for folder in step_folders(out):  # of steps that are trained again
             if checkpoint is None or int(folder.name[5:]) > checkpoint.step:
                 remove_checkpoint(folder)
-    begin_life(out, first_step=first_step, layout=vars(recipe.parallel), resumed_from=resumed_from)
+    layout = vars(recipe.parallel)
+    begin_life(out, first_step=first_step, layout=layout, resumed_from=resumed_from, same_run=same_run)
 
 
 def _ceiling(recipe: Recipe, device: torch.device) -> float:

@@ -335,7 +335,7 @@ def test_where_all_are_damaged_the_run_does_not_start_from_the_beginning(ranks: 
     lived(ranks, recipe_of("zero2"), tmp_path)
     for step in (3, 6):
         flip(step_folder(tmp_path, step) / "part-00000-00000.safetensors")
-    assert all("holds no checkpoint that is whole" in line for line in ranks(2, none_whole, str(tmp_path)))
+    assert all("none of them is whole" in line for line in ranks(2, none_whole, str(tmp_path)))
 
 
 def full_disk(recipe: Recipe, out: str, resume_from: str | None) -> str:
@@ -477,14 +477,14 @@ def test_steps_and_record_tell_one_story_over_all_lives(ranks: Ranks, tmp_path: 
     assert [(one["first_step"], one["last_step"]) for one in lives] == [(1, 5), (5, 6), (7, 8)]
     assert [one["layout"]["dp_shard"] for one in lives] == [2, 2, 4]
     resumed = [one["resumed_from"] for one in lives]
-    assert resumed == [None, *({"name": "run", "step": step, "same_run": True} for step in (4, 6))]
+    assert resumed == [None, {"name": "run", "step": 4}, {"name": "run", "step": 6}]
     assert [step["step"] for step in record["steps"]] == list(range(1, 9)) and record["steps"] == read_steps(
         run / "steps.jsonl"
     )
     assert digits(record["steps"])[:6] == digits(whole)[:6]
     other = ranks(2, life, recipe_of("zero2", train=dict(steps=9)), str(tmp_path / "other"), str(run))[0]
     [first] = other["checkpoint"]["lives"]
-    assert (first["first_step"], first["last_step"]) == (9, 9) and first["resumed_from"]["same_run"] is False
+    assert (first["first_step"], first["last_step"]) == (9, 9)
 
 
 def refused(recipe: Recipe, out: str, resume_from: str) -> str:
@@ -538,7 +538,13 @@ def test_weights_of_another_type_and_other_tokens_are_refused(ranks: Ranks, tmp_
 
 
 def test_a_run_that_has_no_checkpoint_yet_begins_at_the_first_step(ranks: Ranks, tmp_path: Path) -> None:
-    assert [step["step"] for step in lived(ranks, recipe_of("one"), tmp_path, tmp_path)] == [1, 2, 3, 4, 5, 6]
+    """And is a life of its own, where the one before it had come to none."""
+    lived(ranks, recipe_of("one", train=dict(steps=3)), tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    record = ranks(1, life, recipe_of("one"), str(tmp_path), str(tmp_path))[0]
+    assert [step["step"] for step in record["steps"]] == [1, 2, 3, 4, 5, 6]
+    lives = [(one["first_step"], one["last_step"], one["resumed_from"]) for one in record["checkpoint"]["lives"]]
+    assert lives == [(1, 3, None), (1, 6, None)]
 
 
 # ---- signals, in real processes ------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from parallel.checkpoint.files import (
+    CHECKPOINTS,
     MANIFEST,
     Checkpoint,
     CheckpointError,
@@ -31,7 +32,7 @@ from parallel.checkpoint.storage import SafetensorsReader, SafetensorsWriter
 from parallel.collectives import gathered
 from parallel.measure.clock import Clock
 from parallel.measure.observer import Observer, Step
-from parallel.measure.record import Record, read_lives
+from parallel.measure.record import Record
 from parallel.mesh import local_part
 from parallel.process import say
 from parallel.recipe import Recipe, RecipeError
@@ -105,7 +106,6 @@ class Saver(Observer):
         kept.saves, kept.waited_seconds, kept.background_seconds = len(self._waited), waited, in_background
         if self._last is not None and dist.get_rank() == 0:
             kept.bytes = read_checkpoint(self._last).n_bytes
-        kept.lives = read_lives(self._run)
 
     def _agreed(self) -> tuple[int, int]:
         """A signal that some rank was sent, and whether some rank's save has failed: the same on all ranks.
@@ -201,7 +201,8 @@ def last_whole(run: Path) -> Checkpoint | None:
             return checkpoint
         say(f"warning: checkpoint {folder.name} is damaged: {found}; looking for the one before")
     if folders:
-        raise RecipeError("--resume", str(run), "holds no checkpoint that is whole; run without it, in another folder")
+        remedy = "none of them is whole; start without --resume, in another folder"
+        raise RecipeError("checkpoints", str(run / CHECKPOINTS), remedy)
     return None
 
 

@@ -34,13 +34,18 @@ class FiniteCheck(Observer):
 
 
 def begin_life(
-    folder: Path, *, first_step: int, layout: Mapping[str, int], resumed_from: Mapping[str, Any] | None
+    folder: Path,
+    *,
+    first_step: int,
+    layout: Mapping[str, int],
+    resumed_from: Mapping[str, Any] | None,
+    same_run: bool,
 ) -> None:
-    """Adds a life to folder/lives.json, the first where this is not the same run that goes on. On rank 0 alone.
+    """Adds a life to folder/lives.json, to those before it where the same run goes on. On rank 0 alone.
 
-    Before the steps are removed that the life before it had done beyond first_step.
+    Before a Journal removes the steps that the life before it had done from first_step on.
     """
-    lives = (read_lives(folder) or []) if resumed_from and resumed_from["same_run"] else []
+    lives = (read_lives(folder) or []) if same_run else []
     now = datetime.now(UTC).isoformat(timespec="seconds")
     life = {"first_step": first_step, "last_step": None, "resumed_from": resumed_from, "layout": dict(layout)}
     write_json(folder / "lives.json", [*lives, life | {"time_utc": now}])

@@ -122,7 +122,7 @@ class Checkpoints:
     bytes: int | None = None  # of the last one, over all ranks
     waited_seconds: float | None = None  # training stood still for a save: median, of the slowest rank
     background_seconds: float | None = None  # from then until it was on the disk; null where nothing is asynchronous
-    lives: list[dict[str, Any]] | None = None  # {first_step, last_step, resumed_from, layout, time_utc}
+    lives: list[dict[str, Any]] | None = None  # {first_step, last_step, resumed_from: {name, step}, layout, time_utc}
 
 
 LAYOUT = (*MESH_DIMS, "world_size", "replicas", "n_microbatches", "n_stages")
