@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from launch.commands import check, checkpoint, compare, dry_run, report, run
+from launch.commands import check, checkpoint, compare, dry_run, report, run, status, submit
 from launch.supervisor import Interrupted, Stopped
 from launch.terminal import CommandError, Parser, did_you_mean, printable
 from launch.verdict import STOPPED
@@ -19,6 +19,8 @@ COMMANDS = {
     "compare": compare,
     "report": report,
     "checkpoint": checkpoint,
+    "submit": submit,
+    "status": status,
 }
 EXAMPLES = """examples:
   lab check recipes/strategies/*.toml                  is every recipe right? starts nothing
@@ -32,6 +34,7 @@ EXAMPLES = """examples:
   lab report runs --html page.html                     a page of every result in a folder
   lab run recipes/tiny.toml --set checkpoint.every=5   saves itself; --resume goes on, in any layout
   lab checkpoint export runs/tiny --to tiny-llama      its weights, for Hugging Face's transformers
+  lab submit recipes/mixes/fsdp-tp.toml --nodes 2      the same run by Slurm; lab status runs/fsdp-tp --watch
 
 exit codes: 0 done, 1 a run failed, 2 the recipe or the command line is wrong,
 75 a signal has ended a run that saved itself and can go on: --resume"""

@@ -233,14 +233,19 @@ def _done(comparison: Comparison, folder: Path) -> dict[str, dict[str, Any]]:
 
 def _run_variant(variant: Variant, folder: Path, starter: Starter, options: Sequence[str]) -> dict[str, Any]:
     if variant.recipe is None:
-        record = new_record(variant.tables) | {"status": "refused", "reason": variant.reason}
-        (folder / variant.name).mkdir()
-        write_record(folder / variant.name / "record.json", record)
-        return record
+        return refuse_variant(variant, folder)
     try:
         return supervise(variant.recipe, out=folder, starter=starter, options=options)
     except (OSError, subprocess.SubprocessError, RecipeError) as error:  # no more processes, disk or access
         return new_record(variant.recipe) | {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
+
+
+def refuse_variant(variant: Variant, folder: Path) -> dict[str, Any]:
+    """The record of a variant that was to be refused, in its folder."""
+    record = new_record(variant.tables) | {"status": "refused", "reason": variant.reason}
+    (folder / variant.name).mkdir(exist_ok=True)
+    write_record(folder / variant.name / "record.json", record)
+    return record
 
 
 def _clock(seconds: float) -> str:

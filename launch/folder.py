@@ -3,6 +3,7 @@
     run          recipe.toml  record.json  steps.jsonl  logs/rank-<r>.log  trace-rank-<r>.json.gz
                  lives.json  checkpoints/ (parallel/checkpoint/files.py)
     comparison   comparison.json (the variants, in order)  table.txt  page.html  <variant>/  predicted/<variant>/
+    of Slurm     slurm.json (numbers of the jobs)  logs/slurm-<job>.log
 
 A folder that holds something else is refused, and no file but these is ever removed.
 """
@@ -18,6 +19,7 @@ from parallel.recipe import Recipe, RecipeError, check_name
 
 RUN_FILES = ("recipe.toml", "record.json", "steps.jsonl")
 COMPARISON_FILES = ("comparison.json", "table.txt", "page.html")
+SUBMITTED = "slurm.json"  # the numbers of its jobs, where `lab submit` started it
 PREDICTED = "predicted"  # dry runs of a comparison's variants
 
 
@@ -83,7 +85,7 @@ def prepare_run(folder: Path, *, resume: bool = False) -> None:
 def remove_run(folder: Path) -> None:
     """Removes the files of a run, those we know and nothing else, and its folders where that leaves them empty."""
     remove_results(folder)
-    for path in (folder / "recipe.toml", *folder.glob("logs/rank-*.log")):
+    for path in (folder / "recipe.toml", folder / SUBMITTED, *folder.glob("logs/rank-*.log"), *slurm_logs(folder)):
         path.unlink(missing_ok=True)
     for path in (folder / "logs", folder):
         with contextlib.suppress(OSError):
@@ -109,9 +111,19 @@ def prepare_comparison(folder: Path, name: str, variants: Sequence[str], *, keep
             remove_run(folder / variant)
             remove_run(folder / PREDICTED / variant)
         folder.mkdir(parents=True, exist_ok=True)
-        for file in ("table.txt", "page.html"):
-            (folder / file).unlink(missing_ok=True)
-        listed = json.dumps({"name": name, "variants": list(variants)}, indent=1)
+        for path in (*(folder / file for file in ("table.txt", "page.html", SUBMITTED)), *slurm_logs(folder)):
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise RecipeError("--out", str(folder), f"cannot be written ({error.strerror}); give another folder") from None
+    list_variants(folder, name, variants)
+
+
+def list_variants(folder: Path, name: str, variants: Sequence[str]) -> None:
+    """Marks `folder` as that of a comparison. Raises RecipeError."""
+    refuse_other_folder(folder, COMPARISON_FILES)
+    listed = json.dumps({"name": name, "variants": list(variants)}, indent=1)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "comparison.json").write_text(listed + "\n", encoding="utf-8")
     except OSError as error:
         raise RecipeError("--out", str(folder), f"cannot be written ({error.strerror}); give another folder") from None
@@ -126,6 +138,10 @@ def variant_order(folder: Path) -> dict[str, int]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
     return {name: place for place, name in enumerate(names)}
+
+
+def slurm_logs(folder: Path) -> list[Path]:
+    return sorted(folder.glob("logs/slurm-*.log"))
 
 
 def rank_log(folder: Path, rank: int) -> Path:

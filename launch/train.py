@@ -38,6 +38,7 @@ def main(argv: list[str]) -> int:
     faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=True)
     rank = 0
     try:
+        _read_srun()
         rank, world_size = (_from_environment(key, default) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))
         parser = Parser(prog="launch.train", description=__doc__)
         parser.add_argument("recipe", metavar="RECIPE", help="a TOML file; see recipes/")
@@ -114,6 +115,17 @@ def _from_environment(key: str, default: int) -> int:
     if not text.isdecimal():
         raise RecipeError(key, text, "give a whole number, as torchrun does")
     return int(text)
+
+
+def _read_srun() -> None:
+    """Where srun alone has started the ranks, a task each: what torchrun would have set."""
+    if "RANK" in os.environ or "SLURM_STEP_ID" not in os.environ or _from_environment("SLURM_NTASKS", 1) == 1:
+        return
+    given = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
+    os.environ.update({key: os.environ[of_slurm] for key, of_slurm in given.items()})
+    for key in ("MASTER_ADDR", "MASTER_PORT"):
+        if key not in os.environ:
+            raise RecipeError(key, None, "export the host of rank 0 and a free port there, as slurm/train.sbatch does")
 
 
 def leave(code: int) -> NoReturn:

@@ -51,6 +51,7 @@ def record_failure(recipe: Recipe, folder: Path, status: str, reason: str) -> bo
     except FileExistsError:
         return False
     except OSError as error:
+        (folder / "record.json").unlink(missing_ok=True)  # half of one says less than none
         print(f"launch.train: cannot record this: {printable(error)}", file=sys.stderr)
     return True
 

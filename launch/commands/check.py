@@ -47,11 +47,12 @@ def recipe_with_data(file: str, overrides: Sequence[str]) -> Recipe:
     return recipe
 
 
-def comparison_with_data(file: str, overrides: Sequence[str]) -> Comparison:
-    """A comparison whose variants can be started here."""
+def comparison_with_data(file: str, overrides: Sequence[str], *, here: bool = True) -> Comparison:
+    """A comparison whose variants can be started, on this machine where `here`."""
 
     def check(recipe: Recipe) -> None:
-        refuse_too_many(recipe)
+        if here:
+            refuse_too_many(recipe)
         _open_data(recipe.data, recipe.train.seq_len, recipe.model.vocab_size)
 
     return load_comparison(file, overrides, check=check)

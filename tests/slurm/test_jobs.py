@@ -1,0 +1,207 @@
+"""Recipes and comparisons that Slurm runs, on two nodes of two ranks, from `lab submit` to the record."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from testbed import Testbed, wait_until
+
+from parallel.measure.record import read_record
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """
+[model]
+preset = "none"
+n_layers = 2
+d_model = 32
+n_heads = 2
+vocab_size = 64
+[data]
+source = "synthetic"
+[train]
+steps = 3
+seq_len = 16
+global_batch = 4
+[parallel]
+dp_shard = 2
+tp = 2
+"""
+COMPARISON = """
+base = "small.toml"
+[[variant]]
+name = "fsdp-tp"
+[[variant]]
+name = "fails"
+set = { "train.learning_rate" = 1e3, "train.steps" = 50 }
+[[variant]]
+name = "refused"
+set = { "parallel.tp" = 3 }
+expect = "refused"
+[[variant]]
+name = "one"
+set = { "parallel.dp_shard" = 1, "parallel.tp" = 1 }
+"""
+SITE = 'name = "our cluster"\ngpus_per_node = 2\n'
+ENDLESS = ("--set", "train.steps=1000000", "--set", "train.parity=false")
+ALL_OVER = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
+
+
+Rows = list[dict[str, Any]]
+
+
+class Lab:
+    """`lab` on the login node, in a folder that all nodes see."""
+
+    def __init__(self, slurm: Testbed, folder: Path) -> None:
+        self.slurm, self.folder = slurm, folder
+        (folder / "small.toml").write_text(RECIPE)
+        (folder / "site.toml").write_text(SITE)
+
+    def __call__(self, *arguments: str, check: bool = True, **settings: Any) -> Any:
+        program = (sys.executable, "-P", "-m", "launch.cli", *arguments)
+        return self.slurm(*program, check=check, cwd=self.folder, **settings)
+
+    def submit(self, *arguments: str, **settings: Any) -> dict[str, Any]:
+        answer = self("submit", *arguments, "--site", "site.toml", "--json", **settings)
+        return json.loads(answer.stdout)
+
+    def status(self, folder: str) -> Rows:
+        return json.loads(self("status", folder, "--json", check=False).stdout)
+
+    def until(self, folder: str, true: Callable[[list[dict[str, Any]]], bool], seconds: float = 90) -> Rows:
+        rows: list[dict[str, Any]] = []
+
+        def ask() -> bool:
+            rows[:] = self.status(folder)
+            return true(rows)
+
+        wait_until(ask, seconds, lambda: f"{rows}\n{self.log(folder)}")
+        return rows
+
+    def log(self, folder: str) -> str:
+        return "\n".join(path.read_text(errors="replace") for path in sorted((self.folder / folder).glob("logs/*.log")))
+
+
+@pytest.fixture
+def lab(hosts: Testbed, tmp_path: Path) -> Lab:
+    return Lab(hosts, tmp_path)
+
+
+def ended(rows: Rows) -> bool:
+    return all(row["state"] in ("done", "failed") for row in rows)
+
+
+def training(rows: Rows) -> bool:
+    assert not ended(rows), rows
+    return all(row["step"] is not None for row in rows)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun", "srun, one GPU a task"])
+def test_a_recipe_is_trained_on_two_nodes(lab: Lab, launcher: str) -> None:
+    with open(lab.folder / "site.toml", "a") as site:
+        site.write(f'launcher = "{launcher[:4] if launcher != "torchrun" else launcher}"\n')
+        site.write("one_gpu_per_task = true\n" if "one" in launcher else "")
+        site.write('[environment]\nA_VARIABLE = "of the site"\n')
+    noted = lab.submit("small.toml")
+    [row] = lab.until("runs/small", ended)
+    assert row["state"] == "done" and row["step"] == 3 and row["job"] == noted["job"], lab.log("runs/small")
+    record = read_record(lab.folder / "runs/small/record.json")
+    assert record["status"] == "ok" and record["parity"]["passed"] and len(record["steps"]) == 3
+    assert "2 ranks on each of 2 nodes" in lab.log("runs/small")
+
+
+def test_a_comparison_is_an_array_and_its_page_comes_when_all_have_ended(lab: Lab) -> None:
+    (lab.folder / "both.toml").write_text(COMPARISON)
+    noted = lab.submit("both.toml")
+    assert noted["tasks"] == {"fsdp-tp": f"{noted['job']}_0", "fails": f"{noted['job']}_1", "one": f"{noted['job']}_3"}
+    rows = lab.until("runs/both", ended)
+    assert [(row["name"], row["state"]) for row in rows] == [
+        *(("fsdp-tp", "done"), ("fails", "failed"), ("refused", "done"), ("one", "done"))
+    ], lab.log("runs/both")
+    assert rows[1]["reason"].startswith("failed: rank ") and "Diverged: step 5 gave loss nan" in rows[1]["reason"]
+    assert lab.slurm.wait_for(noted["report"], *ALL_OVER)["JobState"] == "COMPLETED"
+    page = (lab.folder / "runs/both/page.html").read_text()
+    assert all(f'"name":"{name}"' in page for name in ("fsdp-tp", "fails", "refused", "one"))
+    assert lab("status", "runs/both", check=False).returncode == 1
+
+
+def test_a_job_ends_at_its_time_limit(lab: Lab) -> None:
+    job = lab.submit("small.toml", *ENDLESS, "--time", "1")["job"]
+    lab.until("runs/small", training)
+    lab.slurm("scontrol", "update", f"JobId={job}", "EndTime=now")
+    [row] = lab.until("runs/small", ended)
+    assert lab.slurm.job(job)["JobState"] == "TIMEOUT"
+    assert row["state"] == "failed" and row["step"] > 0
+    assert row["reason"].startswith("timeout: ended by Slurm at its time limit, and no rank"), lab.log("runs/small")
+
+
+def test_scancel_ends_a_job(lab: Lab) -> None:
+    job = lab.submit("small.toml", *ENDLESS)["job"]
+    lab.until("runs/small", training)
+    lab.slurm("scancel", job)
+    [row] = lab.until("runs/small", ended)
+    assert lab.slurm.job(job)["JobState"] == "CANCELLED"
+    assert row["state"] == "failed" and row["step"] > 0
+    assert row["reason"].startswith("failed: ended by SIGTERM, as scancel does"), lab.log("runs/small")
+
+
+def test_a_controller_that_dies_and_comes_back_finds_the_job(lab: Lab) -> None:
+    lab.submit("small.toml", *ENDLESS, "--set", "train.steps=100")
+    lab.until("runs/small", training)
+    lab.slurm.do("kill slurmctld")
+    answer = lab("status", "runs/small", check=False)
+    assert answer.returncode == 1 and "unknown" in answer.stdout and "Unable to contact" in answer.stderr
+    lab.slurm.do("start slurmctld")
+    [row] = lab.until("runs/small", ended)
+    assert row["state"] == "done" and row["step"] == 100
+
+
+def test_two_jobs_on_one_node_do_not_meet(lab: Lab) -> None:
+    one = ("--set", "parallel.tp=1", "--set", "train.steps=50")
+    jobs = [lab.submit("small.toml", "--set", f"name={name}", *one)["job"] for name in ("a", "b")]
+    rows = lab.until("runs", ended)
+    assert [row["state"] for row in rows] == ["done", "done"]
+    assert {row["nodes"] for row in rows} == {"n1"} and len(set(jobs)) == 2
+
+
+def test_what_cannot_fit_is_not_queued(lab: Lab) -> None:
+    before = lab.slurm("squeue", "--noheader", "--states=all").stdout
+    for arguments, reason in (
+        (("--memory", "1KiB"), "--memory"),
+        (("--nodes", "3"), "--nodes = 3: does not divide the 4 ranks of small; use one of 2, 4"),
+        (("--nodes", "1"), "--nodes = 1: nodes of 2 ranks have 2"),
+        (("--time", "soon"), "sbatch: Invalid --time specification"),
+    ):
+        answer = lab("submit", "small.toml", "--site", "site.toml", *arguments, check=False)
+        assert answer.returncode == 2 and reason in answer.stderr and answer.stderr.count("\n") == 1
+    assert lab.slurm("squeue", "--noheader", "--states=all").stdout == before
+
+
+def test_hostile_names_change_nothing_but_the_label(lab: Lab) -> None:
+    hostile = "a 'b' \"c\" $(touch pwned) `touch pwned` ; touch pwned #\n%j & *"
+    file = lab.folder / f"{hostile}.toml"
+    file.write_text(RECIPE.replace("dp_shard = 2\ntp = 2", ""))
+    (lab.folder / "site.toml").write_text(
+        f"name = {json.dumps(hostile)}\n[environment]\nHOSTILE = {json.dumps(hostile)}\nBASH_ENV_2 = 'x'\n"
+    )
+    out = hostile.replace("\n", "")
+    lab.submit(str(file), "--out", out, "--set", "name=safe")
+    [row] = lab.until(f"{out}/safe", ended)
+    assert row["state"] == "done"
+    assert not list(lab.folder.rglob("pwned"))
+
+
+def test_a_disk_that_is_full(lab: Lab) -> None:
+    lab.submit("small.toml", *ENDLESS, "--out", "/run/full")
+    lab.until("/run/full/small", training)
+    lab.slurm("sh", "-c", "cat /dev/zero > /run/full/filler", check=False)
+    [row] = lab.until("/run/full/small", ended)
+    assert row["state"] == "failed" and row["reason"].endswith("there is no record.json, and its disk is full")
+    queued = lab.slurm("squeue", "--noheader").stdout
+    answer = lab("submit", "small.toml", "--site", "site.toml", "--out", "/run/full/other", check=False)
+    assert answer.returncode == 1 and answer.stderr.startswith("lab: ") and "No space left" in answer.stderr
+    assert lab.slurm("squeue", "--noheader").stdout == queued
+    lab.slurm("sh", "-c", "rm -r /run/full/*")
