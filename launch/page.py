@@ -202,7 +202,7 @@ def _traffic(traffic: Any) -> list[dict[str, Any]] | None:
         return None
     return [
         {key: text_in(row.get(key)) or "unknown" for key in ("mesh_dim", "collective")}
-        | {key: number_in(row.get(key)) for key in ("calls", "bytes_per_rank")}
+        | {key: number_in(row.get(key)) for key in ("calls", "bytes_per_rank", "bytes_across_hosts")}
         for row in _rows(traffic)
     ]
 
@@ -248,7 +248,7 @@ def _shape(recipe: Mapping[str, Any]) -> str:
 
 
 def _hardware(environment: Mapping[str, Any]) -> str | None:
-    """As "8 × NVIDIA H200" or "AMD EPYC, 2 cores": of one host. None where the run had chosen no device yet."""
+    """As "8 × NVIDIA H200" or "AMD EPYC, 2 cores". None where the run had chosen no device yet."""
     device, accelerators = environment["device"], environment["accelerators"]
     if device is None:
         return None
@@ -256,10 +256,19 @@ def _hardware(environment: Mapping[str, Any]) -> str | None:
         return _cpu(environment)
     names = [str(name)[:100] for name in accelerators]
     kinds = dict.fromkeys(names)
-    return ", ".join(f"{names.count(kind)} × {kind}" if names.count(kind) > 1 else kind for kind in kinds)
+    gpus = ", ".join(f"{names.count(kind)} × {kind}" if names.count(kind) > 1 else kind for kind in kinds)
+    return _where(environment, gpus)
+
+
+def _where(environment: Mapping[str, Any], hardware: str) -> str:
+    """As "4 × 8 × NVIDIA H200 (our cluster)": of all hosts, and where they are."""
+    hosts, cluster = environment["hosts"], environment["cluster"]
+    n_hosts = len(set(map(str, hosts))) if isinstance(hosts, list) else 1
+    of_all = f"{n_hosts} × {hardware}" if n_hosts > 1 else hardware
+    return f"{of_all} ({str(cluster)[:100]})" if cluster else of_all
 
 
 def _cpu(environment: Mapping[str, Any]) -> str:
     cpu, cores = environment["cpu"], number_in(environment["cores"])
     name = str(cpu)[:100] if cpu else "unknown processor"
-    return f"{name}, {cores:.0f} cores" if cores else name
+    return _where(environment, f"{name}, {cores:.0f} cores" if cores else name)

@@ -1,6 +1,7 @@
 """One rank's run: prove the layout, train, record."""
 
 import os
+import socket
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -96,6 +97,10 @@ def train_in_group(
     record.environment.note = note
     if device.type == "cpu" and recipe.train.dtype == "float32":
         record.environment.float32_matmul = torch.get_float32_matmul_precision()
+    record.environment.cluster = os.environ.get("LAB_CLUSTER")
+    names = gathered(socket.gethostname())
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    hosts = record.environment.hosts = [numbers[name] for name in names]
     if note:
         say(f"warning: {note}")
     say(f"{recipe.name}: {dist.get_world_size()} ranks on {device.type} with {dist.get_backend()}")
@@ -116,7 +121,7 @@ def train_in_group(
     if dist.get_rank() == 0 and (recipe.checkpoint.every or checkpoint is not None):
         _begin_life(recipe, out, checkpoint, same_run=resume_from == out)
     clock = Clock(recipe, device)
-    counters = Counters(recipe, parameters, engine.optimizer, mesh=mesh, device=device)
+    counters = Counters(recipe, parameters, engine.optimizer, mesh=mesh, device=device, hosts=hosts)
     traced = min(first_step + WARM_UP_STEPS, recipe.train.steps)
     engine.observers += [
         FiniteCheck(),
@@ -141,7 +146,7 @@ def train_in_group(
 
     if device.type == "cpu":  # whatever else runs on the machine can only slow a product down
         ceiling = max(ceiling, _ceiling(recipe, device))
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", recipe.world_size))
+    local_ranks = hosts.count(hosts[dist.get_rank()])
     peak = peak_of_rank(
         device, recipe.train.dtype, matmul_ceiling_flops=ceiling, local_ranks=local_ranks, given_flops=peak_flops
     )

@@ -576,6 +576,20 @@ def test_comparisons_machines_and_their_history(open_page: Open) -> None:
     assert names_in_table(page) == ["ddp", "fsdp"]
 
 
+def test_hosts_and_the_cluster_are_named_with_the_hardware() -> None:
+    record = complete_record("a")
+    record["environment"] |= {"device": "cuda:0", "accelerators": ["Test GPU"] * 8}
+    for hosts, cluster, expected in (
+        (None, None, "8 × Test GPU"),
+        ([0] * 8, "ours", "8 × Test GPU (ours)"),
+        ([0] * 8 + [1] * 8, "ours", "2 × 8 × Test GPU (ours)"),
+        ([{}, "x"], ["<b>"], "2 × 8 × Test GPU (['<b>'])"),
+    ):
+        record["environment"] |= {"hosts": hosts, "cluster": cluster}
+        [group] = page_data([("a/a", record)])["groups"]
+        assert group["hardware"] == expected
+
+
 # ---- for everyone --------------------------------------------------------------------------------------------------
 
 

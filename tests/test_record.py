@@ -71,6 +71,7 @@ def test_a_new_record_has_every_key_of_the_contract_and_null_where_nothing_is_me
         else:
             assert record[key] == expected
     assert record["throughput"]["step_seconds"] == {"median": None, "p10": None, "p90": None}
+    assert [record["environment"][key] for key in ("cluster", "hosts")] == [None, None]
     assert record["steps"] == []
     assert record["recipe"] == RECIPE.resolved()
     assert record["layout"] == {

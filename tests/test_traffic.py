@@ -12,6 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from parallel.assemble import assemble
 from parallel.batches import rows_of_replica
+from parallel.measure.counters import largest_traffic
 from parallel.measure.traffic import TrafficLog
 from parallel.mesh import build_mesh
 from parallel.recipe import Recipe
@@ -265,7 +266,8 @@ def test_an_extra_all_reduce_is_found(ranks: Ranks) -> None:
 
 
 def row(mesh_dim: str, collective: str, calls: int, bytes_per_rank: int | None) -> dict[str, Any]:
-    return dict(mesh_dim=mesh_dim, collective=collective, calls=calls, bytes_per_rank=bytes_per_rank)
+    row = dict(mesh_dim=mesh_dim, collective=collective, calls=calls, bytes_per_rank=bytes_per_rank)
+    return row | dict(bytes_across_hosts=None)
 
 
 def collectives() -> list[dict[str, Any]]:
@@ -310,6 +312,50 @@ def test_each_collective_counts_what_a_rank_sends(ranks: Ranks) -> None:
         row("world", "reduce", 1, None),
     ]
     assert last == [stranger, *of_all, row("world", "broadcast", 1, 0), row("world", "reduce", 1, None)]
+
+
+HOSTS = [0, 0, 1, 1]
+
+
+def across() -> dict[tuple[str, str], tuple[int, int]]:
+    """(bytes_per_rank, bytes_across_hosts) where ranks 0 and 1 are on one host, 2 and 3 on another; 12 bytes go in."""
+    rank, x = dist.get_rank(), torch.arange(3.0)
+    mesh = build_mesh(small_recipe(parallel=dict(dp_replicate=2, tp=2)), "cpu")
+    replicas = mesh.get_group("dp_replicate")
+    with TrafficLog(mesh, HOSTS) as log:
+        dist.all_reduce(x)
+        dist.broadcast(x, 1)
+        dist.all_reduce(x, group=mesh.get_group("tp"))
+        dist.all_gather_into_tensor(torch.zeros(6), x, group=replicas)
+        splits = [1, 2] if rank < 2 else [2, 1]  # ranks 0 and 1 keep one of three elements, the others one too
+        dist.all_to_all_single(torch.zeros(3), x, splits, splits, group=replicas)
+        dist.all_to_all_single(torch.zeros(4), torch.zeros(4))
+        for to in (1, 3):
+            if rank == 0:
+                dist.send(x, to)
+            if rank == to:
+                dist.recv(x, 0)
+    return {
+        (row["mesh_dim"], row["collective"]): (row["bytes_per_rank"], row["bytes_across_hosts"]) for row in log.rows()
+    }
+
+
+def test_what_goes_to_another_host_is_counted_apart(ranks: Ranks) -> None:
+    alike = {("tp", "all_reduce"): (12, 0), ("dp_replicate", "all_gather"): (12, 12)}
+    alike |= {("dp_replicate", "all_to_all"): (8, 8), ("world", "all_to_all"): (12, 8)}
+    assert ranks(4, across) == [
+        alike | {("world", "all_reduce"): (18, 0), ("world", "broadcast"): (0, 0), ("world", "send"): (24, 12)},
+        alike | {("world", "all_reduce"): (18, 18), ("world", "broadcast"): (12, 12), ("world", "recv"): (0, 0)},
+        alike | {("world", "all_reduce"): (18, 0), ("world", "broadcast"): (0, 0)},
+        alike | {("world", "all_reduce"): (18, 18), ("world", "broadcast"): (0, 0), ("world", "recv"): (0, 0)},
+    ]
+
+
+def test_the_record_has_the_most_that_any_rank_sends_and_the_most_that_any_sends_to_another_host() -> None:
+    inner, outer = (row("world", "all_reduce", 3, 18) | {"bytes_across_hosts": n_bytes} for n_bytes in (0, 18))
+    assert largest_traffic([[inner], [outer], [inner]]) == [outer]
+    assert largest_traffic([[row("tp", "send", 1, 5)], []]) == [row("tp", "send", 1, 5)]
+    assert inner["bytes_across_hosts"] == 0
 
 
 # ---- fake is real --------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ class Measures(NamedTuple):
 
     flops: int
     memory: dict[str, Any]  # peak_bytes, and parameters_bytes, ... at that peak; the CUDA allocator's own peaks
-    traffic: list[dict[str, Any]] | None  # {mesh_dim, collective, calls, bytes_per_rank}
+    traffic: list[dict[str, Any]] | None  # {mesh_dim, collective, calls, bytes_per_rank, bytes_across_hosts}
     actions: list[Action]  # of the pipeline, in order
     attention_kernels: set[str]
 
@@ -46,10 +46,11 @@ class Counters(Observer):
         mesh: DeviceMesh,
         device: torch.device,
         nth: int = 2,
+        hosts: Sequence[int] | None = None,
     ) -> None:
         self._compiled = recipe.train.compile != "none"
         self._parameters, self._optimizer, self._mesh, self._device = list(parameters), optimizer, mesh, device
-        self._left = nth
+        self._left, self._hosts = nth, hosts
         self._actions: list[Action] = []
         self.number: int | None = None  # of the step that was counted
         self.measures: Measures | None = None
@@ -62,7 +63,10 @@ class Counters(Observer):
             return
         self.number = step.number
         reset_allocator_peaks(self._device)
-        log, tracker = TrafficLog(self._mesh), MemoryTracker(self._parameters, self._optimizer, device=self._device)
+        log, tracker = (
+            TrafficLog(self._mesh, self._hosts),
+            MemoryTracker(self._parameters, self._optimizer, device=self._device),
+        )
         with FlopCounter() as flops, nested([] if self._compiled else [log, tracker]):
             yield
         memory: dict[str, Any] = dict.fromkeys(tracker.peak()) if self._compiled else tracker.peak()
@@ -117,11 +121,14 @@ def fill_in(
 
 
 def largest_traffic(of_ranks: Sequence[list[dict[str, Any]] | None]) -> list[dict[str, Any]] | None:
-    """The `traffic` of a record: of each kind of message, the row of the rank that sends most."""
+    """The `traffic` of a record: of each kind of message, the row of the rank that sends most, and the most that any
+    sends to another host."""
     if None in of_ranks:
         return None
     rows = [row for of_rank in of_ranks for row in of_rank or []]
     largest: dict[tuple[str, str], dict[str, Any]] = {}
     for row in sorted(rows, key=lambda row: row["bytes_per_rank"] or 0, reverse=True):
-        largest.setdefault((row["mesh_dim"], row["collective"]), row)
+        before = largest.setdefault((row["mesh_dim"], row["collective"]), dict(row))
+        if row["bytes_across_hosts"] is not None:
+            before["bytes_across_hosts"] = max(row["bytes_across_hosts"], before["bytes_across_hosts"])
     return [row for _, row in sorted(largest.items())]

@@ -34,7 +34,7 @@ CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "other")
 
 @dataclass(kw_only=True)
 class Environment:
-    """What the numbers depend on. Nothing that names a person, a host or a folder."""
+    """What the numbers depend on. Nothing that names a person, a host or a folder; but a cluster, if asked."""
 
     time_utc: str | None = None
     parallel_lab: str | None = None
@@ -48,6 +48,8 @@ class Environment:
     accelerators: list[str] | None = None
     device: str | None = None  # what the run chose, known to its ranks alone: device and what follows
     backend: str | None = None
+    cluster: str | None = None  # its name, of slurm/site.toml
+    hosts: list[int] | None = None  # of each rank: those of one number are on one host
     data: str | None = None
     float32_matmul: str | None = None  # on a CPU: torch's precision of float32 products
     note: str | None = None  # why GPUs of the host were not used
@@ -144,7 +146,7 @@ class Record:
     throughput: Throughput = field(default_factory=Throughput)
     flops: Flops = field(default_factory=Flops)
     memory: Memory = field(default_factory=Memory)
-    traffic: list[dict[str, Any]] | None = None  # {mesh_dim, collective, calls, bytes_per_rank}
+    traffic: list[dict[str, Any]] | None = None  # {mesh_dim, collective, calls, bytes_per_rank, bytes_across_hosts}
     pipeline: Pipeline = field(default_factory=Pipeline)
     checkpoint: Checkpoints = field(default_factory=Checkpoints)
 

@@ -1,6 +1,7 @@
 """Traffic: what a rank sends during a step, by mesh dimension and kind of collective."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -28,11 +29,12 @@ class TrafficLog(TorchDispatchMode):
 
         with TrafficLog(mesh) as log:
             ...  # a step
-        log.rows()  # [{"mesh_dim": "tp", "collective": "all_reduce", "calls": 34, "bytes_per_rank": 278528}, ...]
+        log.rows()  # [{"mesh_dim": "tp", "collective": "all_reduce", "calls": 34, "bytes_per_rank": 278528, ...}, ...]
 
-    bytes_per_rank are those that this rank sends by the textbook algorithm (docs/measures.md), with padding. Barriers
-    carry nothing and a group of one rank sends nothing: neither has a row. What is not of COLLECTIVES has one with null
-    for its bytes.
+    bytes_per_rank are those that this rank sends by the textbook algorithm (docs/measures.md), with padding, and
+    bytes_across_hosts those of them that go to a rank on another host: None where `hosts`, the numbers of the ranks'
+    hosts, are not given. Barriers carry nothing and a group of one rank sends nothing: neither has a row. What is not
+    of COLLECTIVES has one with null for its bytes.
 
     mesh_dim is the dimension of `mesh` (of build_mesh) whose ranks talk to each other; dimensions that act as one are
     joined ("dp_shard·cp"), "world" is all ranks where no dimension is, and "none" a group that the mesh does not know.
@@ -40,19 +42,21 @@ class TrafficLog(TorchDispatchMode):
     Works on real tensors and process groups, and on FakeTensors and a fake group. Enter it after a FakeTensorMode.
     """
 
-    def __init__(self, mesh: DeviceMesh) -> None:
+    def __init__(self, mesh: DeviceMesh, hosts: Sequence[int] | None = None) -> None:
         super().__init__()
+        self._hosts = hosts
         self._dim_of_ranks = _dim_of_ranks(mesh)
         self._dim_of_group: dict[str, str] = {}
-        # Calls and bytes, which are exact until the end, as an N of 3 gives thirds; by dimension and collective.
-        self._sent: dict[tuple[str, str], tuple[int, Fraction | None]] = {}
+        # By dimension and collective: calls, bytes and those across hosts, exact until the end, as 3 ranks give thirds.
+        self._sent: dict[tuple[str, str], tuple[int, Fraction | None, Fraction | None]] = {}
 
     def rows(self) -> list[dict[str, Any]]:
-        """The `traffic` of a record: {mesh_dim, collective, calls, bytes_per_rank}, sorted by the first two."""
+        """Of a record, by the first two: {mesh_dim, collective, calls, bytes_per_rank, bytes_across_hosts}."""
         return [
             {"mesh_dim": dim, "collective": collective, "calls": calls}
             | {"bytes_per_rank": None if n_bytes is None else round(n_bytes)}
-            for (dim, collective), (calls, n_bytes) in sorted(self._sent.items())
+            | {"bytes_across_hosts": None if across is None else round(across)}
+            for (dim, collective), (calls, n_bytes, across) in sorted(self._sent.items())
         ]
 
     def __torch_dispatch__(
@@ -73,14 +77,19 @@ class TrafficLog(TorchDispatchMode):
         if operator == "alltoall_":  # of lists, with a length of its own for each rank
             known = None
         key = (self._dim(group), known or operator.strip("_"))
-        calls, before = self._sent.get(key, (0, Fraction(0)))
+        calls, before, across = self._sent.get(key, (0, Fraction(0), Fraction(0)))
         if known is None or before is None:
-            self._sent[key] = calls + 1, None
+            self._sent[key] = calls + 1, None, None
             return
         # What a rank puts in is the first argument whose name begins with input, or where there is none with tensor.
         payload = next(arguments[name] for start in ("input", "tensor") for name in arguments if name.startswith(start))
         n_bytes = sum(tensor.nbytes for tensor in tensors_in(payload))
-        self._sent[key] = calls + 1, before + n_bytes * _share_sent(known, group, arguments)
+        sent = before + n_bytes * _share_sent(known, group, arguments)
+        if self._hosts is None or across is None:
+            self._sent[key] = calls + 1, sent, None
+        else:
+            far = [self._hosts[rank] != self._hosts[dist.get_rank()] for rank in dist.get_process_group_ranks(group)]
+            self._sent[key] = calls + 1, sent, across + n_bytes * _share_sent(known, group, arguments, far)
 
     def _dim(self, group: dist.ProcessGroup) -> str:
         name = group.group_name
@@ -89,14 +98,22 @@ class TrafficLog(TorchDispatchMode):
         return self._dim_of_group[name]
 
 
-def _share_sent(collective: str, group: dist.ProcessGroup, arguments: dict[str, Any]) -> Fraction | int:
+def _share_sent(
+    collective: str, group: dist.ProcessGroup, arguments: dict[str, Any], only: Sequence[bool] | None = None
+) -> Fraction | int:
     """How many times the bytes that this rank puts in it sends: in a ring, or of a broadcast in a chain.
 
+    only: the ranks of the group to which what is sent counts; None: all.
     Patarasuk and Yuan 2009 (doi:10.1016/j.jpdc.2008.09.002); NCCL sends the same with its ring algorithm.
     """
     if collective == "all_to_all":  # all but the part it keeps
         rows = arguments["input_split_sizes"] or [1] * group.size()  # none given: equal parts
-        return 1 - Fraction(rows[group.rank()], max(1, sum(rows)))
+        counted = [only is None or only[rank] for rank in range(group.size())]
+        counted[group.rank()] = False
+        return Fraction(sum(itertools.compress(rows, counted)), max(1, sum(rows)))
+    to = arguments["dst"] if collective == "send" else (group.rank() + 1) % group.size()
+    if only is not None and not only[to]:
+        return 0
     if collective == "broadcast":
         return int(group.rank() == arguments.get("root_rank", arguments.get("src")))
     if collective in ("send", "recv"):

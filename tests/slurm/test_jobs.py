@@ -110,6 +110,9 @@ def test_a_recipe_is_trained_on_two_nodes(lab: Lab, launcher: str) -> None:
     assert row["state"] == "done" and row["step"] == 3 and row["job"] == noted["job"], lab.log("runs/small")
     record = read_record(lab.folder / "runs/small/record.json")
     assert record["status"] == "ok" and record["parity"]["passed"] and len(record["steps"]) == 3
+    assert record["environment"]["hosts"] == [0, 0, 1, 1] and record["environment"]["cluster"] == "our cluster"
+    sent = {row["mesh_dim"]: (row["bytes_per_rank"], row["bytes_across_hosts"]) for row in record["traffic"]}
+    assert sent["dp_shard"][0] == sent["dp_shard"][1] > 0 and sent["tp"][0] > 0 == sent["tp"][1]
     assert "2 ranks on each of 2 nodes" in lab.log("runs/small")
 
 
@@ -191,6 +194,7 @@ def test_hostile_names_change_nothing_but_the_label(lab: Lab) -> None:
     lab.submit(str(file), "--out", out, "--set", "name=safe")
     [row] = lab.until(f"{out}/safe", ended)
     assert row["state"] == "done"
+    assert read_record(lab.folder / out / "safe/record.json")["environment"]["cluster"] == hostile
     assert not list(lab.folder.rglob("pwned"))
 
 
