@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from launch.commands import check, checkpoint, compare, dry_run, report, run, status, submit
+from launch.commands import check, checkpoint, compare, dry_run, preflight, report, run, status, submit
 from launch.supervisor import Interrupted, Stopped
 from launch.terminal import CommandError, Parser, did_you_mean, printable
 from launch.verdict import STOPPED
@@ -21,6 +21,7 @@ COMMANDS = {
     "checkpoint": checkpoint,
     "submit": submit,
     "status": status,
+    "preflight": preflight,
 }
 EXAMPLES = """examples:
   lab check recipes/strategies/*.toml                  is every recipe right? starts nothing

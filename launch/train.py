@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=True)
     rank = 0
     try:
-        _read_srun()
+        read_srun()
         rank, world_size = (_from_environment(key, default) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))
         parser = Parser(prog="launch.train", description=__doc__)
         parser.add_argument("recipe", metavar="RECIPE", help="a TOML file; see recipes/")
@@ -117,7 +117,7 @@ def _from_environment(key: str, default: int) -> int:
     return int(text)
 
 
-def _read_srun() -> None:
+def read_srun() -> None:
     """Where srun alone has started the ranks, a task each: what torchrun would have set."""
     if "RANK" in os.environ or "SLURM_STEP_ID" not in os.environ or _from_environment("SLURM_NTASKS", 1) == 1:
         return

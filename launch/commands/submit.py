@@ -48,6 +48,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--time", metavar="LIMIT", help="of a job, as 30 (minutes) or 2:00:00")
     memory_help = "of one accelerator, as 80GiB: refuse what a dry run of every rank does not fit"
     add("--memory", metavar="SIZE", help=memory_help)
+    add(
+        "--preflight",
+        action="store_true",
+        help="look over the nodes first; a job whose nodes are not well does not train",
+    )
     add("--site", metavar="FILE", type=Path, help="what the cluster needs; default: slurm/site.toml, if there is one")
     add("--dry-run", action="store_true", help="show the command and the scripts, and submit nothing")
     add_settings(parser)
@@ -69,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = out / (comparison or recipes[0]).name
     largest = Placement(max(place.nodes for place in places), max(place.ranks_per_node for place in places))
     options = job_options(site, largest, name=folder.name, time=arguments.time)
-    environment |= variables(site, largest)
+    environment |= variables(site, largest) | ({"LAB_PREFLIGHT": "1"} if arguments.preflight else {})
     given = [*rank_options(arguments), "--out", str(out)]
     if comparison is None:
         train = Submission("train.sbatch", [str(folder / "recipe.toml"), *given], options, environment)

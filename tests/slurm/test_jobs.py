@@ -105,8 +105,9 @@ def test_a_recipe_is_trained_on_two_nodes(lab: Lab, launcher: str) -> None:
         site.write(f'launcher = "{launcher[:4] if launcher != "torchrun" else launcher}"\n')
         site.write("one_gpu_per_task = true\n" if "one" in launcher else "")
         site.write('[environment]\nA_VARIABLE = "of the site"\n')
-    noted = lab.submit("small.toml")
+    noted = lab.submit("small.toml", *(["--preflight"] if launcher == "srun" else []))
     [row] = lab.until("runs/small", ended)
+    assert ("ok   2 of 2 hosts answered: n1, n2" in lab.log("runs/small")) == (launcher == "srun")
     assert row["state"] == "done" and row["step"] == 3 and row["job"] == noted["job"], lab.log("runs/small")
     record = read_record(lab.folder / "runs/small/record.json")
     assert record["status"] == "ok" and record["parity"]["passed"] and len(record["steps"]) == 3
