@@ -28,7 +28,7 @@ from parallel.strategies.recompute import apply_recompute
 from parallel.strategies.sharding import apply_sharding, before_microbatch
 from parallel.strategies.tensor import apply_tensor, tensor_parallel_loss
 from parallel.torch_private import no_cached_graphs, safe_guards
-from parallel.transformer import Loss, Transformer, cross_entropy, linear_cross_entropy, weight_name
+from parallel.transformer import Loss, Transformer, cast_once, cross_entropy, linear_cross_entropy, weight_name
 from parallel.weights import load_initial_weights
 
 ATTENTION_KERNELS: dict[AttentionKernel, SDPBackend] = {
@@ -54,7 +54,7 @@ class Assembled:
         if self.recipe.parallel.cp > 1:
             positions = self.stages[0].rotary.positions
             tokens, targets = tokens[:, positions], targets[:, positions]
-        with attention_kernel(self.recipe.train.attention):
+        with attention_kernel(self.recipe.train.attention), self._casts():
             loss = self.microbatches(tokens, targets)
         if self.buckets is not None:
             self.buckets.finish()
@@ -63,6 +63,16 @@ class Assembled:
         if self.mesh["data"].size() > 1:
             dist.all_reduce(loss, group=self.mesh.get_group("data"))
         return loss / self.averaged
+
+    def _casts(self) -> AbstractContextManager[None]:
+        """Within, weights are cast once for all microbatches, not in each, which would keep its own for backward.
+
+        FSDP casts what it gathers; and who recomputes keeps no copies, for memory is scarce.
+        """
+        recipe = self.recipe
+        casts = recipe.train.dtype == "bfloat16" and recipe.parallel.dp_shard == 1
+        several = recipe.n_microbatches > 1 and recipe.recompute.mode == "none"
+        return cast_once(self.stages, torch.bfloat16) if casts and several else nullcontext()
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         own_names = (named for stage in self.stages for named in stage.named_parameters())

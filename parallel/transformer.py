@@ -6,10 +6,11 @@ B sequences, T tokens, D = d_model, H query heads, K key/value heads, E = head_d
 Shapes stand in comments at the line's end. The strategies split this model after the fact.
 """
 
+import contextlib
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,12 +25,44 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # of logits (B, T, V) and targets (B,
 class Linear(nn.Module):
     """y = x Wᵀ, without bias. W is cast to x's type, so float32 weights can serve a bfloat16 computation."""
 
+    copy: Tensor | None = None  # of W, in the type of the computation: see cast_once
+
     def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
 
+    def own_weight(self) -> Tensor:
+        return self.weight
+
     def forward(self, x: Tensor, product: Callable[[Tensor, Tensor], Tensor] = F.linear) -> Tensor:
-        return product(x, self.weight.to(x.dtype))
+        weight = self.own_weight()
+        return product(x, weight.to(x.dtype) if self.copy is None else _Cast.apply(weight, self.copy))
+
+
+class _Cast(torch.autograd.Function):
+    """weight.to(copy.dtype), which is there already."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, copy: Tensor) -> Tensor:
+        ctx.dtype = weight.dtype
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None
+
+
+@contextlib.contextmanager
+def cast_once(models: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
+    """Within, which must be between two updates, each Linear casts its W once, and not at each use."""
+    linears = [module for model in models for module in model.modules() if isinstance(module, Linear)]
+    for linear in linears:
+        linear.copy = linear.own_weight().detach().to(dtype)
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.copy = None
 
 
 class Embedding(nn.Module):

@@ -66,6 +66,8 @@ CASES = [
              model=dict(n_layers=5, tied_embeddings=True))
         for schedule in SCHEDULES
     ),
+    case("pp, bfloat16", parallel=dict(pp=2), pipeline=dict(schedule="gpipe"),
+         train=ONE_BY_ONE | dict(dtype="bfloat16")),
     case("pp 4", parallel=dict(pp=4), train=dict(micro_batch=1), model=dict(n_layers=4)),
     case("ddp·tp", parallel=dict(dp_replicate=2, tp=2)),
     case("fsdp·tp", parallel=dict(dp_shard=2, tp=2), train=dict(micro_batch=2)),

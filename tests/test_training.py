@@ -12,12 +12,14 @@ import pytest
 import torch
 from layouts import CPU, batch_of, parity, small_recipe
 from ranks import Ranks
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import parallel.measure.hardware as hardware
 from parallel.assemble import assemble
 from parallel.batches import rows_of_replica
 from parallel.measure.parity import compare_with_reference, parity_recipe, reference_gradients
-from parallel.mesh import build_mesh
+from parallel.mesh import build_mesh, local_part
 from parallel.process import choose_device
 from parallel.recipe import Recipe, RecipeError, recipe_from_tables
 from parallel.training import train_in_group
@@ -113,6 +115,47 @@ def test_bfloat16_is_near_and_keeps_float32_weights_and_gradients(ranks: Ranks, 
     differences = ranks(recipe.world_size, bfloat16_differences, recipe)[0]
     assert 1e-4 < differences["max_rel_grad_diff"] < 3e-2
     assert differences["max_abs_loss_diff"] < 3e-2
+
+
+def test_bfloat16_is_near_with_the_loss_in_chunks_and_compiled_blocks(ranks: Ranks) -> None:
+    for layout in (dict(tp=2), dict(dp_shard=2)):
+        train = dict(micro_batch=1, loss_chunks=3, compile="aot_eager")
+        differences = ranks(2, bfloat16_differences, small_recipe("bfloat16", parallel=layout, train=train))[0]
+        assert 1e-4 < differences["max_rel_grad_diff"] < 3e-2
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often each of these weights is made bfloat16."""
+
+    def __init__(self, weights: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.counts = {local_part(weight.detach()).data_ptr(): 0 for weight in weights}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(type_, DTensor) for type_ in types):
+            return NotImplemented
+        casts = func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16
+        if casts and args[0].data_ptr() in self.counts:
+            self.counts[args[0].data_ptr()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def casts(recipe: Recipe) -> set[int]:
+    mesh = build_mesh(recipe, "cpu")
+    model = assemble(recipe, mesh=mesh, device=CPU)
+    batch = batch_of(recipe, rows_of_replica(recipe, mesh))
+    matrices = [w for name, w in model.named_parameters() if w.ndim == 2 and not name.startswith("embedding")]
+    with Casts(matrices) as seen:
+        model.forward_backward(*batch)
+    return set(seen.counts.values())
+
+
+@pytest.mark.parametrize("parallel", [{}, dict(tp=2), dict(pp=2)])
+def test_weights_are_cast_once_a_step(ranks: Ranks, parallel: dict[str, int]) -> None:
+    for recompute, expected in (("none", {1}), ("full", {8})):  # 4 microbatches: a block twice in each
+        recipe = small_recipe("bfloat16", parallel=parallel, train=dict(micro_batch=2), recompute=dict(mode=recompute))
+        for counts in ranks(recipe.world_size, casts, recipe):
+            assert counts - {4} == expected  # the output is not recomputed
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -72,8 +72,8 @@ class LocalLinear(Linear):
         nn.Module.__init__(self)  # and not Linear's, which makes a weight
         self.weight = _split_weight(whole.weight, mesh, placement)
 
-    def forward(self, x: Tensor, product: Callable[[Tensor, Tensor], Tensor] = F.linear) -> Tensor:
-        return product(x, local_part(self.weight).to(x.dtype))
+    def own_weight(self) -> Tensor:
+        return local_part(self.weight)
 
 
 class LocalNorm(RMSNorm):
