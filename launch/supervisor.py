@@ -79,7 +79,7 @@ def supervise(
         finally:
             stop(ranks)
             record = settle(recipe, folder, failure)
-        if any(rank.process.returncode == STOPPED for rank in ranks):
+        if record["status"] == "failed" and any(rank.process.returncode == STOPPED for rank in ranks):
             raise Stopped(record["reason"])
         if received and record["status"] != "ok":
             raise Interrupted(received[0].name)

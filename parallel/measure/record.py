@@ -271,7 +271,7 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
 
 def read_lives(folder: Path) -> list[dict[str, Any]] | None:
     """The lives of a run so far, in order, from its folder; None where it keeps no checkpoints."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
+    with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
         lives = json.loads((folder / "lives.json").read_text(encoding="utf-8"))
         if isinstance(lives, list) and all(isinstance(life, dict) for life in lives):
             numbers = [step.get("step") for step in read_steps(folder / "steps.jsonl")[-1:]]
