@@ -696,10 +696,11 @@ def test_settings_may_be_written_either_way_and_the_command_line_has_the_last_wo
         (["run"], "the following arguments are required: RECIPE"),
         (["run", "base.toml", "--sett", "a=b"], "unknown argument '--sett' of lab run; did you mean --set?"),
         (
-            ["run", "base.toml", "--resume"],
-            "unknown argument '--resume' of lab run; "
-            "known: --json, --matmul, --nproc, --out, --peak-flops, --profile, --set",
+            ["run", "base.toml", "--nodes"],
+            "unknown argument '--nodes' of lab run; known: "
+            "--json, --matmul, --nproc, --out, --peak-flops, --profile, --resume, --resume-from, --set",
         ),
+        (["run", "base.toml", "--resume"], "checkpoint.every = 0: keeps no checkpoints, and --resume finds none in"),
         (["check", "base.toml", "--out", "x"], "unknown argument '--out' of lab check; known: --json, --memory, --set"),
         (["check", "base.toml", "--memory", "80"], "--memory = '80': give a number and KiB, MiB, GiB, TiB"),
         (["compare", "trio.toml", "--peak-flops", "-1"], "--peak-flops = -1.0: give the dense FLOP/s"),

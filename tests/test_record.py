@@ -13,6 +13,7 @@ import pytest
 from parallel.measure.record import (
     environment,
     new_record,
+    read_lives,
     read_record,
     read_records,
     read_steps,
@@ -213,3 +214,15 @@ def test_steps_are_read_up_to_where_the_writer_was_stopped(tmp_path: Path) -> No
     assert read_steps(path) == []
     path.write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": 0.5}\n{"step": 3, "lo')
     assert read_steps(path) == [{"step": 1, "loss": None}, {"step": 2, "loss": 0.5}]
+
+
+def test_lives_are_read_with_how_far_the_last_has_come(tmp_path: Path) -> None:
+    assert read_lives(tmp_path) is None
+    (tmp_path / "steps.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    for broken in ("", "[", "{}", "[1]", "[{}]", '[{"first_step": "x"}]', "[" * 100_000):
+        (tmp_path / "lives.json").write_text(broken)
+        assert read_lives(tmp_path) is None
+    (tmp_path / "lives.json").write_text('[{"first_step": 1, "last_step": 1}, {"first_step": 2, "last_step": null}]')
+    assert [life["last_step"] for life in read_lives(tmp_path) or []] == [1, 2]
+    (tmp_path / "lives.json").write_text('[{"first_step": 3}]')  # it has done no step
+    assert read_lives(tmp_path) == [{"first_step": 3, "last_step": None}]
