@@ -459,7 +459,8 @@ def test_fused_and_plain_attention_agree(device: str, piece: tuple[int, int, boo
     plain_gradients = context._plain_backward(grad, q, k, v, out, lse, causal)
     for x, y in zip((out, lse, *gradients), (*plain, *plain_gradients), strict=True):
         assert x.shape == y.shape and x.dtype == y.dtype
-        assert torch.allclose(x.double(), y.double(), rtol=0, atol=bound)
+        largest = y.abs().max().item()  # a bfloat16 has 8 bits: of a gradient of 7 the last is worth 0.03
+        assert torch.allclose(x.double(), y.double(), rtol=0, atol=bound * max(largest, 1.0))
 
 
 @pytest.mark.parametrize("head_dim", [6, 16])
