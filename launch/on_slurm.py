@@ -3,7 +3,8 @@
     python -m launch.on_slurm variant INDEX COMPARISON    makes ready the folder of a variant, counted from 0; prints
                                                           nodes, ranks of each and launch.train's arguments, in lines
     python -m launch.on_slurm report COMPARISON           the table and the page
-    python -m launch.on_slurm ended CODE RECIPE           a record for a run whose ranks could not write one
+    python -m launch.on_slurm ended CODE RECIPE           a record for a run whose ranks could not write one; ends with
+                                                          CODE, or with 75 where the run has saved itself
 
 Options are those of launch.train, and so are the exit codes.
 """
@@ -15,12 +16,22 @@ import signal
 import sys
 from collections.abc import Callable
 
-from launch.commands import report
 from launch.compare import load_comparison, refuse_variant
 from launch.folder import list_variants, prepare_run, recipe_toml
+from launch.page import write_page
 from launch.slurm import jobs, placement, submitted
-from launch.terminal import CommandError, Parser, add_rank_options, add_settings, printable, rank_options
-from launch.verdict import record_failure
+from launch.table import table
+from launch.terminal import (
+    CommandError,
+    Parser,
+    add_rank_options,
+    add_resume_options,
+    add_settings,
+    printable,
+    rank_options,
+)
+from launch.verdict import STOPPED, record_failure
+from parallel.measure.record import read_record
 from parallel.recipe import RecipeError, load_recipe
 
 
@@ -35,6 +46,7 @@ def main(argv: list[str]) -> int:
         added.add_argument("file")
         add_settings(added)
         add_rank_options(added)
+        add_resume_options(added)
     try:
         arguments = parser.parse(argv)
         return VERBS[arguments.verb][1](arguments)
@@ -63,7 +75,9 @@ def _variant(arguments: argparse.Namespace) -> int:
     file = folder / variant.name / "recipe.toml"
     # Rows that choose their float32 products each for itself would be unlike.
     matmul = [] if arguments.matmul else ["--matmul", "highest"]
-    for line in (place.nodes, place.ranks_per_node, file, "--out", folder, *rank_options(arguments), *matmul):
+    resume = ["--resume"] if variant.recipe.checkpoint.every else []
+    given = [file, "--out", folder, *rank_options(arguments), *matmul, *resume]
+    for line in (place.nodes, place.ranks_per_node, *given):
         print(line)
     return 0
 
@@ -82,8 +96,11 @@ def _report(arguments: argparse.Namespace) -> int:
         if variant.recipe is not None and not (folder / variant.name / "record.json").exists():
             (folder / variant.name).mkdir(parents=True, exist_ok=True)
             record_failure(variant.recipe, folder / variant.name, "failed", f"{reason}, and no rank could say why")
-    arguments.folder, arguments.html, arguments.json = folder, folder / "page.html", False
-    return report.run(arguments)
+    text = table([read_record(folder / variant.name / "record.json") for variant in comparison.variants])
+    (folder / "table.txt").write_text(f"{text}\n", encoding="utf-8")
+    write_page(folder, folder / "page.html")
+    print(text)
+    return 0
 
 
 def _ended(arguments: argparse.Namespace) -> int:
@@ -93,9 +110,12 @@ def _ended(arguments: argparse.Namespace) -> int:
     with contextlib.suppress(CommandError):  # within a container, say
         if any(job["Reason"] == "TimeLimit" for job in jobs([number]).values()):
             status, how = "timeout", "ended by Slurm at its time limit"
-    log = f"see the log of job {number}"
-    record_failure(recipe, arguments.out / recipe.name, status, f"{how}, and no rank could say more: {log}")
-    return 0
+    folder = arguments.out / recipe.name
+    told = f"{how}, and no rank could say more: see the log of job {number}"
+    record_failure(recipe, folder, status, told)
+    # torchrun does not hand on the exit code of its ranks.
+    stopped = "--resume goes on" in (read_record(folder / "record.json")["reason"] or "")
+    return STOPPED if stopped else int(arguments.code)
 
 
 ENDS = {

@@ -49,6 +49,8 @@ class Site(Section):
     one_gpu_per_task: bool = option(False, "with srun: each rank sees its own GPU alone")
     cpus_per_rank: int = option(0, "CPUs of a rank", minimum=0, maximum=1024)
     memory_per_node: str = option("", "as 500G; 0: all that a node has")
+    warning_seconds: int = option(120, "before the time limit: for a step and a save", minimum=1, maximum=65535)
+    requeues: int = option(10, "how often a run that has checkpoints is queued again", minimum=0, maximum=10_000)
     exclusive: bool = option(False, "nodes are shared with no other job")
     python: str = option(sys.executable, "that has the lab, as the nodes (or the container) see it")
     modules: tuple[str, ...] = option((), "environment modules to load")
@@ -151,8 +153,9 @@ def job_options(site: Site, place: Placement, *, name: str, time: str | None) ->
         "cpus-per-task": str(site.cpus_per_rank * (ranks if by_torchrun else 1)) if site.cpus_per_rank else "",
         "mem": site.memory_per_node,
         "time": time or site.time,
+        "signal": f"B:USR1@{site.warning_seconds}",
     }
-    return [*_of_site(site, name), *_written(given), *["--exclusive"] * site.exclusive]
+    return [*_of_site(site, name), *_written(given), "--requeue", *["--exclusive"] * site.exclusive]
 
 
 def report_options(site: Site, *, name: str) -> list[str]:
@@ -175,6 +178,8 @@ def variables(site: Site, place: Placement) -> dict[str, str]:
         "LAB_PYTHON": site.python,
         "LAB_SCRIPTS": str(SCRIPTS),
         "LAB_RANKS_PER_NODE": str(place.ranks_per_node),
+        "LAB_WARNING_SECONDS": str(site.warning_seconds),
+        "LAB_REQUEUES": str(site.requeues),
         "LAB_MODULES": "\n".join(site.modules),
         "LAB_CONTAINER": site.container_image,
         "LAB_MOUNTS": ",".join(site.container_mounts),
@@ -220,7 +225,8 @@ class Submission:
             raise RecipeError("--out", str(folder.parent), "sbatch takes no backslash and no line end; give another")
         array = any(option.startswith("--array") for option in self.options)
         log = f"{str(folder).replace('%', '%%')}/logs/slurm-{'%A_%a' if array else '%j'}.log"
-        return [*self.options, f"--output={log}", "--open-mode=append", str(SCRIPTS / self.script), *self.arguments]
+        common = ["--export=ALL", f"--output={log}", "--open-mode=append"]
+        return [*self.options, *common, str(SCRIPTS / self.script), *self.arguments]
 
 
 def ask_slurm(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from launch.cli import main
-from launch.slurm import SCRIPTS, Placement, dims_across, job_options, placement, read_site, submitted
+from launch.slurm import SCRIPTS, Placement, Site, dims_across, job_options, placement, read_site, submitted
 from parallel.recipe import MESH_DIMS, Recipe, RecipeError, recipe_from_tables
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -89,6 +89,13 @@ def test_the_examples_of_sites_are_read(name: str) -> None:
     expected = {"cpu": [], "8-gpus": ["--gpus-per-node=8"], "gpu-per-task": ["--gpus-per-task=a100:1"]}
     assert gpus == expected[name]
     assert ("--ntasks-per-node=4" in options) == (name == "gpu-per-task")
+
+
+def test_the_docs_name_every_key_of_a_site() -> None:
+    table = (SCRIPTS.parent / "docs" / "cluster.md").read_text()
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = {key for row in rows for key in row.split("`")[1::2]}
+    assert named == {*Site.__dataclass_fields__, "[environment]"}
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,10 @@ def _row(folder: Path, name: str, task: str | None, job: dict[str, str] | None) 
         record = read_record(folder / "record.json")
         if task is None and record["status"] == "refused":
             return row | {"state": "done", "reason": "refused, as expected"}
-        return row | ({"reason": _why(record)} if remark_on(record) else {"state": "done"})
+        if not remark_on(record):
+            return row | {"state": "done"}
+        said = f"; Slurm says {state}" if state not in (None, "COMPLETED", "FAILED") else ""
+        return row | {"reason": _why(record) + said}
     if state is None:
         return row | {"state": "unknown", "reason": "Slurm does not know its job, and there is no record.json"}
     full = ", and its disk is full" if shutil.disk_usage(folder).free < 2**20 else ""

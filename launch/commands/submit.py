@@ -19,6 +19,7 @@ from launch.folder import (
     prepare_run,
     recipe_toml,
     refuse_other_folder,
+    resumed_run,
 )
 from launch.slurm import (
     OVER,
@@ -35,9 +36,9 @@ from launch.slurm import (
     submitted,
     variables,
 )
-from launch.table import short_layout
+from launch.table import number_in, short_layout
 from launch.terminal import CommandError, add_rank_options, add_settings, n_bytes, printable, progress, rank_options
-from parallel.measure.record import record_json
+from parallel.measure.record import read_record, record_json
 from parallel.recipe import Recipe, RecipeError, read_toml
 
 
@@ -48,11 +49,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--time", metavar="LIMIT", help="of a job, as 30 (minutes) or 2:00:00")
     memory_help = "of one accelerator, as 80GiB: refuse what a dry run of every rank does not fit"
     add("--memory", metavar="SIZE", help=memory_help)
-    add(
-        "--preflight",
-        action="store_true",
-        help="look over the nodes first; a job whose nodes are not well does not train",
-    )
+    add("--resume", action="store_true", help="go on from the run's last checkpoint")
+    add("--preflight", action="store_true", help="look over the nodes first; where they are not well, do not train")
     add("--site", metavar="FILE", type=Path, help="what the cluster needs; default: slurm/site.toml, if there is one")
     add("--dry-run", action="store_true", help="show the command and the scripts, and submit nothing")
     add_settings(parser)
@@ -62,6 +60,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     file = arguments.site or SCRIPTS / "site.toml"
     site, environment = read_site(file) if arguments.site or file.exists() else (Site(), {})
+    if not SCRIPTS.is_dir():
+        raise CommandError(f"{SCRIPTS}: does not exist; install the lab from a checkout, as `make setup` does")
     comparison, recipes = _read(arguments)
     places = _places(site, recipes, arguments.nodes, one=comparison is None)
     say = progress(arguments)
@@ -77,10 +77,15 @@ def run(arguments: argparse.Namespace) -> int:
     environment |= variables(site, largest) | ({"LAB_PREFLIGHT": "1"} if arguments.preflight else {})
     given = [*rank_options(arguments), "--out", str(out)]
     if comparison is None:
+        if recipes[0].checkpoint.every or arguments.resume:
+            given.append("--resume")  # for its later lives
+        refuse_other_folder(folder, RUN_FILES)
+        resumed_run(recipes[0], folder, resume=arguments.resume, resume_from=None)
+        _refuse_late_warning(site, folder)
         train = Submission("train.sbatch", [str(folder / "recipe.toml"), *given], options, environment)
         if arguments.dry_run:
             return _show(train.as_shell(folder), "train.sbatch", "job.sh")
-        noted = _submit_recipe(recipes[0], train, folder)
+        noted = _submit_recipe(recipes[0], train, folder, resume=arguments.resume)
     else:
         tasks = {variant.name: i for i, variant in enumerate(comparison.variants) if variant.recipe is not None}
         settings = [word for text in arguments.set for word in ("--set", text)]
@@ -97,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
     say(f"\njob {noted['job']}" + (f", and {noted['report']} for the page" if comparison else ""))
     say(printable(f"logs     {shown}/logs/slurm-*.log"))
     say(printable(f"records  {shown}/{'*/' if comparison else ''}record.json"))
-    say(printable(f"\nlab status {shlex.quote(str(shown))}"))
+    say("\n" + printable(f"lab status {shlex.quote(str(shown))}"))
     if arguments.json:
         print(record_json(noted | {"folder": str(folder)}))
     return 0
@@ -109,6 +114,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _read(arguments: argparse.Namespace) -> tuple[Comparison | None, list[Recipe]]:
     if not is_comparison(read_toml(arguments.file)):
         return None, [recipe_with_data(arguments.file, arguments.set)]
+    if arguments.resume:
+        raise RecipeError("--resume", arguments.file, "is a comparison, whose variants begin anew; leave it out")
     comparison = comparison_with_data(arguments.file, arguments.set, here=False)
     recipes = [variant.recipe for variant in comparison.variants if variant.recipe is not None]
     if not recipes:
@@ -144,6 +151,15 @@ def _refuse_too_large(recipes: Sequence[Recipe], memory: str) -> None:
         refuse_too_large(recipe, memory_bytes=memory_bytes, given=memory, say=say)
 
 
+def _refuse_late_warning(site: Site, folder: Path) -> None:
+    """RecipeError where an earlier run in `folder` shows that a step and a save take longer than Slurm warns before."""
+    record = read_record(folder / "record.json")
+    step, save = record["throughput"]["step_seconds"]["median"], record["checkpoint"]["waited_seconds"]
+    if number_in(step) and number_in(save) and step + save > site.warning_seconds:
+        remedy = f"a step took {step:.3g} s there and a save {save:.3g} s; give at least {2 * (step + save):.0f}"
+        raise RecipeError("site.warning_seconds", site.warning_seconds, remedy)
+
+
 def _show(commands: str, *scripts: str) -> int:
     texts = [f"# ---- slurm/{file} ----\n{(SCRIPTS / file).read_text(encoding='utf-8')}" for file in scripts]
     print("\n".join([commands, "", *texts]).rstrip())
@@ -153,10 +169,10 @@ def _show(commands: str, *scripts: str) -> int:
 # ---- submission ----------------------------------------------------------------------------------------------------
 
 
-def _submit_recipe(recipe: Recipe, train: Submission, folder: Path) -> dict[str, Any]:
+def _submit_recipe(recipe: Recipe, train: Submission, folder: Path, *, resume: bool) -> dict[str, Any]:
     _refuse_while_jobs_use(folder, RUN_FILES)
     with train.held(folder) as job:
-        prepare_run(folder)
+        prepare_run(folder, resume=resume)
         (folder / "recipe.toml").write_text(recipe_toml(recipe), encoding="utf-8")
         return _note(folder, job, None, {recipe.name: job})
 

@@ -1,7 +1,9 @@
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from lab import Lab
 from testbed import Testbed, missing
 
 
@@ -27,3 +29,8 @@ def hosts(slurm: Testbed) -> Testbed:
     if not slurm.has_hosts:
         pytest.skip("needs namespaces, as root of a machine has them (unshare --net): nodes with names of their own")
     return slurm
+
+
+@pytest.fixture
+def lab(hosts: Testbed, tmp_path: Path) -> Lab:
+    return Lab(hosts, tmp_path)

@@ -1,34 +1,12 @@
 """Recipes and comparisons that Slurm runs, on two nodes of two ranks, from `lab submit` to the record."""
 
 import json
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
-from testbed import Testbed, wait_until
+from lab import ALL_OVER, ENDLESS, RECIPE, Lab, ended, training
 
 from parallel.measure.record import read_record
 
-ROOT = Path(__file__).parents[2]
-RECIPE = """
-[model]
-preset = "none"
-n_layers = 2
-d_model = 32
-n_heads = 2
-vocab_size = 64
-[data]
-source = "synthetic"
-[train]
-steps = 3
-seq_len = 16
-global_batch = 4
-[parallel]
-dp_shard = 2
-tp = 2
-"""
 COMPARISON = """
 base = "small.toml"
 [[variant]]
@@ -44,67 +22,12 @@ expect = "refused"
 name = "one"
 set = { "parallel.dp_shard" = 1, "parallel.tp" = 1 }
 """
-SITE = 'name = "our cluster"\ngpus_per_node = 2\n'
-ENDLESS = ("--set", "train.steps=1000000", "--set", "train.parity=false")
-ALL_OVER = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
-
-
-Rows = list[dict[str, Any]]
-
-
-class Lab:
-    """`lab` on the login node, in a folder that all nodes see."""
-
-    def __init__(self, slurm: Testbed, folder: Path) -> None:
-        self.slurm, self.folder = slurm, folder
-        (folder / "small.toml").write_text(RECIPE)
-        (folder / "site.toml").write_text(SITE)
-
-    def __call__(self, *arguments: str, check: bool = True, **settings: Any) -> Any:
-        program = (sys.executable, "-P", "-m", "launch.cli", *arguments)
-        return self.slurm(*program, check=check, cwd=self.folder, **settings)
-
-    def submit(self, *arguments: str, **settings: Any) -> dict[str, Any]:
-        answer = self("submit", *arguments, "--site", "site.toml", "--json", **settings)
-        return json.loads(answer.stdout)
-
-    def status(self, folder: str) -> Rows:
-        return json.loads(self("status", folder, "--json", check=False).stdout)
-
-    def until(self, folder: str, true: Callable[[list[dict[str, Any]]], bool], seconds: float = 90) -> Rows:
-        rows: list[dict[str, Any]] = []
-
-        def ask() -> bool:
-            rows[:] = self.status(folder)
-            return true(rows)
-
-        wait_until(ask, seconds, lambda: f"{rows}\n{self.log(folder)}")
-        return rows
-
-    def log(self, folder: str) -> str:
-        return "\n".join(path.read_text(errors="replace") for path in sorted((self.folder / folder).glob("logs/*.log")))
-
-
-@pytest.fixture
-def lab(hosts: Testbed, tmp_path: Path) -> Lab:
-    return Lab(hosts, tmp_path)
-
-
-def ended(rows: Rows) -> bool:
-    return all(row["state"] in ("done", "failed") for row in rows)
-
-
-def training(rows: Rows) -> bool:
-    assert not ended(rows), rows
-    return all(row["step"] is not None for row in rows)
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "srun", "srun, one GPU a task"])
 def test_a_recipe_is_trained_on_two_nodes(lab: Lab, launcher: str) -> None:
-    with open(lab.folder / "site.toml", "a") as site:
-        site.write(f'launcher = "{launcher[:4] if launcher != "torchrun" else launcher}"\n')
-        site.write("one_gpu_per_task = true\n" if "one" in launcher else "")
-        site.write('[environment]\nA_VARIABLE = "of the site"\n')
+    own = "one_gpu_per_task = true" if "one" in launcher else ""
+    lab.site(f'launcher = "{launcher.partition(",")[0]}"\n{own}\n[environment]\nOMP_NUM_THREADS = "2"')
     noted = lab.submit("small.toml", *(["--preflight"] if launcher == "srun" else []))
     [row] = lab.until("runs/small", ended)
     assert ("ok   2 of 2 hosts answered: n1, n2" in lab.log("runs/small")) == (launcher == "srun")
@@ -114,6 +37,7 @@ def test_a_recipe_is_trained_on_two_nodes(lab: Lab, launcher: str) -> None:
     assert record["environment"]["hosts"] == [0, 0, 1, 1] and record["environment"]["cluster"] == "our cluster"
     sent = {row["mesh_dim"]: (row["bytes_per_rank"], row["bytes_across_hosts"]) for row in record["traffic"]}
     assert sent["dp_shard"][0] == sent["dp_shard"][1] > 0 and sent["tp"][0] > 0 == sent["tp"][1]
+    assert "matrix product on 2 threads" in record["flops"]["peak_source"]  # OMP_NUM_THREADS of the site
     assert "2 ranks on each of 2 nodes" in lab.log("runs/small")
 
 
@@ -127,6 +51,7 @@ def test_a_comparison_is_an_array_and_its_page_comes_when_all_have_ended(lab: La
     ], lab.log("runs/both")
     assert rows[1]["reason"].startswith("failed: rank ") and "Diverged: step 5 gave loss nan" in rows[1]["reason"]
     assert lab.slurm.wait_for(noted["report"], *ALL_OVER)["JobState"] == "COMPLETED"
+    assert "fails: failed: rank " in (lab.folder / "runs/both/table.txt").read_text()
     page = (lab.folder / "runs/both/page.html").read_text()
     assert all(f'"name":"{name}"' in page for name in ("fsdp-tp", "fails", "refused", "one"))
     assert lab("status", "runs/both", check=False).returncode == 1
@@ -143,6 +68,7 @@ def test_a_job_ends_at_its_time_limit(lab: Lab) -> None:
 
 
 def test_scancel_ends_a_job(lab: Lab) -> None:
+    lab.site('launcher = "torchrun"')
     job = lab.submit("small.toml", *ENDLESS)["job"]
     lab.until("runs/small", training)
     lab.slurm("scancel", job)
