@@ -1,23 +1,28 @@
 """The folders of results: DIR/<name>/ of a run, and of a comparison, whose variants are runs in it.
 
-    run          recipe.toml  record.json  steps.jsonl  logs/rank-<r>.log  trace-rank-<r>.json.gz
-                 lives.json  checkpoints/ (parallel/checkpoint/files.py)
+    run          recipe.toml  record.json  steps.jsonl  lives.json  logs/rank-<r>.log  trace-rank-<r>.json.gz
+                 checkpoints/ (parallel/checkpoint/files.py)
     comparison   comparison.json (the variants, in order)  table.txt  page.html  <variant>/  predicted/<variant>/
     of Slurm     slurm.json (numbers of the jobs)  logs/slurm-<job>.log
 
-A folder that holds something else is refused, and no file but these is ever removed.
+A folder that holds something else is refused, and no file but these is ever removed. While a run is under way its
+launcher and its rank 0 hold a lock (flock(2)) on its folder, which ends with them, however they end.
 """
 
 import contextlib
+import fcntl
 import json
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from parallel.checkpoint.files import last_readable, refuse_unfit, step_folders
-from parallel.recipe import Recipe, RecipeError, check_name
+from parallel.checkpoint.files import candidates, last_readable, refuse_unfit, step_folders
+from parallel.measure.lives import LIVES, NO_RECORD, close_life, closed, goodput
+from parallel.measure.record import Environment, Record, read_record, read_steps
+from parallel.recipe import Recipe, RecipeError, check_name, load_recipe
 
-RUN_FILES = ("recipe.toml", "record.json", "steps.jsonl")
+RUN_FILES = ("recipe.toml", "record.json", "steps.jsonl", LIVES)
 COMPARISON_FILES = ("comparison.json", "table.txt", "page.html")
 SUBMITTED = "slurm.json"  # the numbers of its jobs, where `lab submit` started it
 PREDICTED = "predicted"  # dry runs of a comparison's variants
@@ -44,11 +49,17 @@ def refuse_checkpoints(folder: Path) -> None:
         raise RecipeError("--out", str(folder), remedy)
 
 
-def resumed_run(recipe: Recipe, folder: Path, *, resume: bool, resume_from: Path | None) -> Path | None:
+def resumed_run(
+    recipe: Recipe, folder: Path, *, resume: bool, resume_from: Path | None, restarted: bool = False
+) -> Path | None:
     """The folder of the run that one in `folder` goes on from; None where it starts afresh.
 
+    restarted: nobody asked, so that what has no checkpoint yet starts as it did at first, but as the same run.
     Raises RecipeError where it cannot: what can be known before its ranks have looked at every byte.
     """
+    if restarted and not candidates(folder):
+        return resume_from or folder
+    resume = resume or restarted
     if not resume:
         refuse_checkpoints(folder)
     run = folder if resume else resume_from
@@ -56,30 +67,33 @@ def resumed_run(recipe: Recipe, folder: Path, *, resume: bool, resume_from: Path
         return None
     checkpoint = last_readable(run)
     if checkpoint is not None:
-        refuse_unfit(recipe, checkpoint, resume=resume)
-    elif not resume or step_folders(run):
+        ended = not restarted and read_record(folder / "record.json")["status"] == "ok"
+        refuse_unfit(recipe, checkpoint, resume=resume, ended=ended or not resume)
+    elif not resume or candidates(run):
         raise RecipeError("--resume" if resume else "--resume-from", str(run), "holds no checkpoint that can be read")
     elif not recipe.checkpoint.every:
         raise RecipeError("checkpoint.every", 0, f"keeps no checkpoints, and --resume finds none in {folder}; set it")
     return run
 
 
-def prepare_run(folder: Path, *, resume: bool = False) -> None:
+def prepare_run(folder: Path, *, resume: bool = False) -> str | None:
     """A folder for a run, without what an earlier one of this name left, or as its next life needs it.
 
-    Raises RecipeError.
+    How the last life of the run ended, where it goes on and nobody has read that yet. Raises RecipeError.
     """
     refuse_other_folder(folder, RUN_FILES)
     if not resume:
         refuse_checkpoints(folder)
+    ended = None
     try:
         if resume:
-            remove_results(folder, resume=True)
+            ended = remove_results(folder, resume=True)
         else:
             remove_run(folder)
         (folder / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError("--out", str(folder), f"cannot be written ({error.strerror}); give another folder") from None
+    return ended
 
 
 def remove_run(folder: Path) -> None:
@@ -92,11 +106,68 @@ def remove_run(folder: Path) -> None:
             path.rmdir()
 
 
-def remove_results(folder: Path, *, resume: bool = False) -> None:
-    """resume: those alone that the next life of the run makes anew."""
-    known = [folder / "record.json"] + ([] if resume else [folder / "steps.jsonl", folder / "lives.json"])
-    for path in (*known, *folder.glob("record.json.*.partial"), *folder.glob("trace-rank-*.json.gz")):
+def remove_results(folder: Path, *, resume: bool = False) -> str | None:
+    """resume: those alone that the next life of the run makes anew; and how the last one ended."""
+    ended = close_life(folder) if resume else None
+    known = [folder / "record.json"] + ([] if resume else [folder / "steps.jsonl", folder / LIVES])
+    for path in (*known, *folder.glob("*.json.*.partial"), *folder.glob("trace-rank-*.json.gz")):
         path.unlink(missing_ok=True)
+    return ended
+
+
+# ---- who runs there ------------------------------------------------------------------------------------------------
+
+
+def hold(folder: Path) -> int:
+    """A descriptor: until it is closed, or this process has ended, a run is under way in `folder`."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # a file system without locks, or somebody asks at this moment
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return descriptor
+
+
+def under_way(folder: Path) -> bool | None:
+    """Whether somebody holds it; None where that cannot be told, as on some file systems that hosts share."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def refuse_under_way(folder: Path) -> None:
+    if under_way(folder):
+        remedy = "a run is under way there; wait for its end, or give another folder or another name"
+        raise RecipeError("--out", str(folder), remedy)
+
+
+def abandoned(folder: Path) -> dict[str, Any] | None:
+    """The record of a run that has left none, because its launcher was killed: of the steps and lives that it had.
+
+    None where there is no such run, or one may be under way.
+    """
+    if not (folder / LIVES).is_file() or os.path.lexists(folder / "record.json") or under_way(folder) is not False:
+        return None
+    record = Record(kind="measured", recipe={"name": folder.absolute().name})
+    with contextlib.suppress(RecipeError):
+        record = Record.of(load_recipe(folder / "recipe.toml"))
+        record.environment = Environment()  # that of the run is not known
+    record.steps = read_steps(folder / "steps.jsonl")
+    lives, ended = closed(folder)
+    goes_on = "; lab run --resume goes on" if candidates(folder) else ""
+    record.status, record.reason = "failed", f"{ended or NO_RECORD}{goes_on}"
+    record.checkpoint.lives, record.goodput = lives, goodput(lives, record.steps)
+    return record.as_json()
 
 
 def prepare_comparison(folder: Path, name: str, variants: Sequence[str], *, keep: Collection[str] = ()) -> None:

@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from launch.folder import variant_order
+from launch.folder import abandoned, variant_order
 from launch.table import LONGEST_TEXT, number_in, picked, short_layout, table_in, text_in
 from parallel.measure.record import CATEGORIES, Memory, Record, read_record
 
@@ -35,6 +35,8 @@ def find_records(folder: Path, below: tuple[str, ...] = ()) -> list[tuple[str, d
     """(folder below the first one with "/" between, record), the variants of a comparison in its order."""
     if (folder / "record.json").is_file():
         return [("/".join(below) or folder.resolve().name, read_record(folder / "record.json"))]
+    if record := abandoned(folder):
+        return [("/".join(below) or folder.resolve().name, record)]
     if len(below) == DEEPEST or not folder.is_dir():
         return []
     order = variant_order(folder)
@@ -130,7 +132,7 @@ def _run(identifier: str, record: Mapping[str, Any]) -> dict[str, Any]:
 def _checkpoint(checkpoint: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any] | None:
     """{saves, bytes, waited_seconds, background_seconds, lives: how many}; None of a run that keeps none."""
     lives = len(_rows(checkpoint.get("lives"))) or None
-    return {**measured, "lives": lives} if lives else None
+    return {**measured, "lives": lives} if measured["saves"] or (lives or 0) > 1 else None
 
 
 def _folded(value: Any) -> str | None:

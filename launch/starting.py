@@ -103,12 +103,15 @@ class Starter:
         self._forks = bool(self._calls.recv(16))  # nothing, where it has ended
         return True
 
-    def start(self, rank: int, world_size: int, port: int, folder: Path, options: Sequence[str]) -> Rank:
+    def start(
+        self, rank: int, world_size: int, port: int, folder: Path, options: Sequence[str], *, restarts: int = 0
+    ) -> Rank:
         """Starts launch.train on folder/recipe.toml. Rank 0 prints to a pipe; all else goes to the log of the rank."""
         arguments = [str(folder / "recipe.toml"), "--out", str(folder.parent), *options]
         environment = dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
         environment |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world_size))
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environment["TORCHELASTIC_RESTART_COUNT"] = str(restarts)  # launch.train goes on where it is above 0
         log, output = rank_log(folder, rank), None
         with open(log, "ab") as file, contextlib.ExitStack() as stack:
             stdout = file.fileno()

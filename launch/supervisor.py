@@ -11,15 +11,20 @@ import select
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from launch.folder import prepare_run, recipe_toml
+from launch.folder import hold, prepare_run, rank_log, recipe_toml, refuse_under_way
 from launch.starting import POLL_SECONDS, Rank, Starter, free_port, stop
-from launch.verdict import FRAME, STOPPED, place, settle, text_of, why
+from launch.verdict import FRAME, LIFE, PEER_LOST, STOPPED, may_restart, place, settle, text_of, why
+from parallel.checkpoint.files import last_readable
+from parallel.measure.lives import read_lives
+from parallel.measure.record import read_record
 from parallel.recipe import Recipe, RecipeError
 
 GRACE_SECONDS = 5.0  # for the peers of a rank that died: they may have something to say
+EARLY_SECONDS = 30.0  # for the peers of a rank that ended as if all were done: rank 0 writes the record
 STACK_SECONDS = 3.0  # for the answer to "where are you?"
 SAVING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # those that launch.train heeds
 MAX_LOCAL_RANKS = 128  # where they are not forked, some 200 MB and two seconds of CPU time each before the first step
@@ -48,41 +53,82 @@ def supervise(
     echo: Callable[[str], None] | None = None,
     options: Sequence[str] = (),
     resume: bool = False,
+    max_restarts: int = 0,
 ) -> dict[str, Any]:
     """Runs `recipe` in out/<name>/ and returns its record, whatever came of it; `echo` gets what rank 0 prints.
 
-    options: of launch.train. resume: the folder's run goes on, by an option among them. Raises RecipeError where the
-    folder cannot be used, and Interrupted, with the record written, where SIGINT, SIGTERM or SIGHUP came. A run with
-    checkpoints is handed SIGTERM and SIGUSR1 on: Stopped. When it returns or raises no process of the run is left.
+    options: of launch.train. resume: the folder's run goes on, by an option among them. max_restarts: how often, where
+    a rank died, all start again from the last whole checkpoint. Raises RecipeError where the folder cannot be used, and
+    Interrupted, with the record written, where SIGINT, SIGTERM or SIGHUP came. A run with checkpoints is handed SIGTERM
+    and SIGUSR1 on: Stopped. When it returns or raises no process of the run is left.
     """
-    folder = out / recipe.name
-    prepare_run(folder, resume=resume)
-    (folder / "recipe.toml").write_text(recipe_toml(recipe), encoding="utf-8")
+    folder, say = out / recipe.name, echo or (lambda line: None)
+    refuse_under_way(folder)
+    ended = prepare_run(folder, resume=resume)
+    held = hold(folder)
+    try:
+        (folder / "recipe.toml").write_text(recipe_toml(recipe), encoding="utf-8")
+        with _signals(SAVING_SIGNALS if recipe.checkpoint.every else ()) as received:
+            for restarts in range(max_restarts + 1):
+                life = len(read_lives(folder) or []) + 1
+                if ended:
+                    say(f"life {life - 1} of {recipe.name} has ended: {ended}")
+                if restarts:
+                    checkpoint = last_readable(folder)
+                    where = f"the checkpoint of step {checkpoint.step}" if checkpoint else "where it first started"
+                    say(f"restart {restarts} of at most {max_restarts}, from {where}")
+                if life > 1:
+                    _begin_life(folder, life, recipe.world_size)
+                record = _live(recipe, folder, starter, received, options, restarts, echo)
+                if received or not may_restart(record) or restarts == max_restarts:
+                    return record
+                ended = prepare_run(folder, resume=True)
+        raise AssertionError("at least one life")
+    finally:
+        os.close(held)
+
+
+def _begin_life(folder: Path, life: int, world_size: int) -> None:
+    for rank in range(world_size):
+        with open(rank_log(folder, rank), "a", encoding="utf-8") as log:
+            log.write(f"\n{LIFE}{life}, {datetime.now(UTC).isoformat(timespec='seconds')}\n")
+
+
+def _live(
+    recipe: Recipe,
+    folder: Path,
+    starter: Starter,
+    received: list[signal.Signals],
+    options: Sequence[str],
+    restarts: int,
+    echo: Callable[[str], None] | None,
+) -> dict[str, Any]:
+    """One life of the run, from the start of its ranks to its record."""
     ranks: list[Rank] = []
     failure: tuple[str, str] | None = None
     saving_signals = SAVING_SIGNALS if recipe.checkpoint.every else ()
-    with _signals(saving_signals) as received:
-        try:
-            limit_seconds = recipe.train.time_limit_seconds
-            deadline = time.monotonic() + limit_seconds
-            if starter.prepare(lambda: bool(received) or time.monotonic() > deadline):
-                with free_port() as port:
-                    for rank in range(recipe.world_size):
-                        ranks.append(starter.start(rank, recipe.world_size, port, folder, options))
-                    failure = _watch(ranks, limit_seconds, deadline, received, saving_signals, echo)
-            else:
-                failure = _interrupted(received) or _late(limit_seconds, "its imports were not done")
-        except BaseException as error:
-            whose = "the launcher" if len(ranks) == recipe.world_size else f"the start of rank {len(ranks)}"
-            failure = ("failed", f"{whose} failed: {type(error).__name__}: {error}")
-            raise
-        finally:
-            stop(ranks)
-            record = settle(recipe, folder, failure)
-        if record["status"] == "failed" and any(rank.process.returncode == STOPPED for rank in ranks):
-            raise Stopped(record["reason"])
-        if received and record["status"] != "ok":
-            raise Interrupted(received[0].name)
+    options = [*options, "--started", repr(time.time())]
+    try:
+        limit_seconds = recipe.train.time_limit_seconds
+        deadline = time.monotonic() + limit_seconds
+        if starter.prepare(lambda: bool(received) or time.monotonic() > deadline):
+            with free_port() as port:
+                for rank in range(recipe.world_size):
+                    ranks.append(starter.start(rank, recipe.world_size, port, folder, options, restarts=restarts))
+                failure = _watch(ranks, limit_seconds, deadline, received, saving_signals, echo)
+        else:
+            failure = _interrupted(received) or _late(limit_seconds, "its imports were not done")
+    except BaseException as error:
+        whose = "the launcher" if len(ranks) == recipe.world_size else f"the start of rank {len(ranks)}"
+        failure = ("failed", f"{whose} failed: {type(error).__name__}: {error}")
+        raise
+    finally:
+        stop(ranks)
+        record = settle(recipe, folder, failure)
+    if record["status"] == "failed" and any(rank.process.returncode == STOPPED for rank in ranks):
+        raise Stopped(record["reason"])
+    if received and record["status"] != "ok":
+        raise Interrupted(received[0].name)
     return record
 
 
@@ -121,12 +167,20 @@ def _watch(
 ) -> tuple[str, str] | None:
     """Waits until all ranks have ended well, and returns None; or until it is known why not: (status, reason)."""
     output = _Output(ranks[0], echo)
+    folder = ranks[0].log.parent.parent
+    record = folder / "record.json"
     first: Rank | None = None  # of those that failed
-    handed_on = False
+    early: Rank | None = None  # the first that ended as if all were done, before there was a record
+    handed_on, limit = False, deadline
     while True:
         output.copy(POLL_SECONDS)
         running = [rank for rank in ranks if rank.ended() is None]
         failed = [rank for rank in ranks if rank.ended()]
+        if early is None and first is None and not failed and len(running) < len(ranks) and not record.exists():
+            early = next(rank for rank in ranks if rank not in running)
+            limit, deadline = deadline, min(deadline, time.monotonic() + EARLY_SECONDS)
+        elif early and first is None and read_record(record)["status"] == "ok":  # rank 0 was a moment later
+            early, deadline = None, limit
         if failed and first is None:
             # Of ranks that failed within one poll, one that a signal killed has had no time to follow another.
             first = min(failed, key=lambda rank: (rank.process.returncode > 0, rank.rank))
@@ -139,12 +193,15 @@ def _watch(
                 os.kill(rank.process.pid, received[0])
         if not running or time.monotonic() > deadline:
             break
-    if first is None and running:
+    if first is None and early is None and running:
         return _late(limit_seconds, _ask_where(running))
     output.copy(0)
     if received and first and first.process.returncode != STOPPED:  # it came before a rank could heed it
         return _interrupted(received)
-    return why(first.log.parent.parent, first.rank, first.process.returncode) if first else None
+    end = why(folder, first.rank, first.process.returncode) if first else None
+    if early and (end is None or PEER_LOST.search(end[1])):
+        return why(folder, early.rank, 0) if end or running else None
+    return end
 
 
 class _Output:

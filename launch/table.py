@@ -105,6 +105,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         lines.append((" " * gap).join(fitted).rstrip())
     lines.insert(2, "-" * (sum(widths) + gap * (len(widths) - 1)))
     below = [text for record in records if (text := remark_on(record))] + _without_peak(records)
+    below += [text for record in records if (text := goodput_in_words(record))]
     return "\n".join([*lines, "", *below, *([""] if below else []), _wrapped(_compared(records)), _wrapped(LEGEND)])
 
 
@@ -116,6 +117,21 @@ def _without_peak(records: Sequence[Mapping[str, Any]]) -> list[str]:
         if shown["mfu"] is None and shown["step_seconds"]["median"] is not None and flops["peak_flops"] is None:
             names.setdefault(str(flops["peak_source"])[:LARGEST_REASON], []).append(_name(record)[:60])
     return [_wrapped(f"{', '.join(of_reason)}: no MFU: {reason}") for reason, of_reason in names.items()]
+
+
+def goodput_in_words(record: Mapping[str, Any]) -> str:
+    """What a run's seconds were good for, where it saved itself or had more than one life; else ""."""
+    measured, lives = picked(record, Record), record["checkpoint"]["lives"]
+    seconds, n_lives = measured["goodput"], len(lives) if isinstance(lives, list) else 0
+    if seconds["fraction"] is None or not (n_lives > 1 or measured["checkpoint"]["saves"]):
+        return ""
+    names = {"startup": "start-up", "parity": "parity", "save": "saves", "lost": "lost"}
+    names |= {"between_lives": "between lives", "other": "other"}
+    each = ((name, seconds[f"{key}_seconds"] or 0) for key, name in names.items())
+    rest = [f"{name} {three_digits(value)} s" for name, value in each if value > 0]
+    good = f"{100 * seconds['fraction']:.1f} % of {three_digits(seconds['total_seconds'] or 0)} s trained what counts"
+    of_lives = f"in {n_lives} {'lives' if n_lives > 1 else 'life'}"
+    return _wrapped(f"{_name(record)[:60]}: goodput: {good}, {of_lives}; {', '.join(rest)}")
 
 
 def progress_line(record: Mapping[str, Any]) -> str:

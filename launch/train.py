@@ -2,22 +2,26 @@
 
     torchrun --standalone --nproc-per-node 4 -m launch.train recipes/strategies/fsdp.toml --set train.steps=5
 
+With `torchrun --max-restarts`, and `lab run --max-restarts`, a life after the first goes on from the last checkpoint.
+
 Exit codes: 0 done, 1 failed, 2 the recipe or the command line is wrong, 75 stopped by SIGTERM or SIGUSR1 with a
 checkpoint to --resume from (where checkpoint.every is above 0). On SIGUSR2 it writes its stack to stderr.
 """
 
+import argparse
 import contextlib
 import faulthandler
 import gc
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from launch.folder import RUN_FILES, refuse_other_folder, remove_results, resumed_run
+from launch.folder import RUN_FILES, hold, refuse_other_folder, remove_results, resumed_run
 from launch.terminal import (
     CommandError,
     Parser,
@@ -27,8 +31,10 @@ from launch.terminal import (
     printable,
     rank_options,
 )
-from launch.verdict import STOPPED, record_error, record_failure
+from launch.verdict import STOPPED, may_restart, record_error, record_failure
 from parallel.checkpoint.files import Stopped
+from parallel.measure.lives import start_life
+from parallel.measure.record import read_record
 from parallel.recipe import Recipe, RecipeError, load_recipe
 
 
@@ -36,15 +42,17 @@ def main(argv: list[str]) -> int:
     faulthandler.enable()  # where native code crashes, it says from which line
     # The launcher asks a rank that hangs where it is, even inside a collective, which no Python handler could answer.
     faulthandler.register(signal.SIGUSR2, file=sys.stderr, all_threads=True)
-    rank = 0
+    rank, started = 0, time.time()
     try:
         read_srun()
         rank, world_size = (_from_environment(key, default) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        restarted = _from_environment("TORCHELASTIC_RESTART_COUNT", 0) > 0
         parser = Parser(prog="launch.train", description=__doc__)
         parser.add_argument("recipe", metavar="RECIPE", help="a TOML file; see recipes/")
         add_settings(parser)
         add_rank_options(parser)
         add_resume_options(parser)
+        parser.add_argument("--started", type=float, default=started, help=argparse.SUPPRESS)  # by `lab run`
         arguments = parser.parse(argv)
         rank_options(arguments)
         recipe = load_recipe(arguments.recipe, arguments.set)
@@ -54,10 +62,18 @@ def main(argv: list[str]) -> int:
             raise RecipeError("WORLD_SIZE", world_size, remedy)
         folder = arguments.out / recipe.name
         folder.mkdir(parents=True, exist_ok=True)
-        resume_from = resumed_run(recipe, folder, resume=arguments.resume, resume_from=arguments.resume_from)
+        before = read_record(folder / "record.json")
+        if restarted and rank == 0 and before["kind"] and not may_restart(before):  # torchrun restarts whatever fails
+            print(f"launch.train: not again: {printable(before['reason'])}", file=sys.stderr)
+            return 1
+        resume_from = resumed_run(
+            recipe, folder, resume=arguments.resume, resume_from=arguments.resume_from, restarted=restarted
+        )
         if rank == 0:
             refuse_other_folder(folder, RUN_FILES)
-            remove_results(folder, resume=arguments.resume)
+            remove_results(folder, resume=arguments.resume or restarted)
+            start_life(folder, layout=vars(recipe.parallel), started=arguments.started)
+            hold(folder)  # to the end of this process
     except OSError as error:
         print(f"launch.train: rank {rank}: --out cannot be used: {printable(error)}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import launch
 import parallel
 from launch.folder import rank_log
 from launch.terminal import printable
-from parallel.measure.record import new_record, read_lives, read_record, read_steps, record_json, write_record
+from parallel.measure.lives import how_it_ended, lived
+from parallel.measure.record import Record, read_record, read_steps, record_json, write_record
 from parallel.recipe import Recipe
 
 # How gloo and NCCL say that another rank is gone. Such a rank has a better reason to give, or is past giving one.
@@ -27,8 +29,14 @@ PEER_LOST = re.compile(
 )
 PEER_SECONDS = 2.0
 STOPPED = 75  # exit code of a run that a signal has ended, and that can go on: EX_TEMPFAIL of sysexits.h
+DIVERGED = re.compile(r"rank \d+: Diverged: ")  # it would again
+LIFE = "---- life "  # begins the line in the log of a rank that begins a life of the run after the first
 TAIL_LINES = 6
 FATAL = "Fatal Python error: "  # then come the stacks of a rank that a signal such as SIGSEGV has ended
+HINTS: dict[int, str] = {
+    signal.SIGKILL: ", as the kernel does when memory runs out",
+    signal.SIGBUS: ", as the kernel does when a file that is read has become shorter",
+}
 PACKAGE_PARENT = re.compile(r"/(?:[^/\s\"']+/)*?(?=(?:site-packages|dist-packages|parallel|launch)/)")
 
 
@@ -47,7 +55,7 @@ def record_failure(recipe: Recipe, folder: Path, status: str, reason: str) -> bo
     """Writes record.json with the steps that were done, unless it is there: the first rank to fail knows why."""
     try:
         with open(folder / "record.json", "x", encoding="utf-8") as file:
-            file.write(record_json(_begun(recipe, folder) | {"status": status, "reason": reason}) + "\n")
+            file.write(record_json(_begun(recipe, folder, status, reason)) + "\n")
     except FileExistsError:
         return False
     except OSError as error:
@@ -56,11 +64,17 @@ def record_failure(recipe: Recipe, folder: Path, status: str, reason: str) -> bo
     return True
 
 
-def _begun(recipe: Recipe, folder: Path) -> dict[str, Any]:
+def _begun(recipe: Recipe, folder: Path, status: str, reason: str) -> dict[str, Any]:
     """The record of a run that has not come to its end: the steps that were done, and its lives."""
-    record = new_record(recipe) | {"steps": read_steps(folder / "steps.jsonl")}
-    record["checkpoint"]["lives"] = read_lives(folder)
-    return record
+    record = Record.of(recipe)
+    record.status, record.reason, record.steps = status, reason, read_steps(folder / "steps.jsonl")
+    record.checkpoint.lives, record.goodput = lived(folder, how_it_ended(status, reason))
+    return record.as_json()
+
+
+def may_restart(record: Mapping[str, Any]) -> bool:
+    """Whether a run that ended so may end otherwise when it is started again as it is."""
+    return record["status"] in ("failed", "oom", "timeout") and not DIVERGED.match(record["reason"] or "")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -85,7 +99,7 @@ def why(folder: Path, rank: int, code: int) -> tuple[str, str]:
     """(status, reason) of a run whose `rank` was the first to end badly, with an exit `code`, negative for a signal."""
     written = read_record(folder / "record.json")  # of no kind where there is none to be had
     log = rank_log(folder, rank)
-    if code < 0 or not written["kind"] or written["status"] == "ok":
+    if code <= 0 or not written["kind"] or written["status"] == "ok":
         return "failed", f"rank {rank} {_end_in_words(code, log)}\n{_tail(log)}"
     reason = written["reason"] or ""
     if code == STOPPED:
@@ -105,31 +119,39 @@ def settle(recipe: Recipe, folder: Path, failure: tuple[str, str] | None) -> dic
         if path.exists():
             return written
         failure = ("failed", "every rank ended well, but none wrote record.json")
-    record = _begun(recipe, folder)
+    record = _begun(recipe, folder, *failure)
     if written["recipe"] == record["recipe"]:
-        record = written
-    record |= {"status": failure[0], "reason": failure[1]}
+        saved = written["checkpoint"] | {"lives": record["checkpoint"]["lives"]}
+        record = written | {key: record[key] for key in ("status", "reason", "goodput")} | {"checkpoint": saved}
     write_record(path, record)
     return record
 
 
 def _end_in_words(code: int, log: Path) -> str:
-    if code >= 0:
+    if code == 0:
+        return "ended with exit code 0 before the run was done"
+    if code > 0:
         return f"ended with exit code {code}"
     name = next((number.name for number in signal.Signals if number == -code), f"signal {-code}")
-    hint = ", as the kernel does when memory runs out" if -code == signal.SIGKILL else ""
-    _, _, stacks = text_of(log).partition(FATAL)
-    return f"was killed by {name}{hint}" + (f" {place(stacks)}" if stacks else "")
+    _, _, stacks = said_in_life(log).partition(FATAL)
+    return f"was killed by {name}{HINTS.get(-code, '')}" + (f" {place(stacks)}" if stacks else "")
 
 
 def _tail(log: Path) -> str:
     """The last lines of a rank's log, but for the stacks of a fatal error."""
-    said, *_ = text_of(log).partition(FATAL)
+    said, *_ = said_in_life(log).partition(FATAL)
     lines = [line for line in said.splitlines() if line.strip(" ^~")]  # a traceback underlines with those
     if not lines:
         return f"logs/{log.name} is empty"
     last = (PACKAGE_PARENT.sub("", line)[:200] for line in lines[-TAIL_LINES:])
     return "\n".join([f"logs/{log.name} ends with:", *last])
+
+
+def said_in_life(log: Path) -> str:
+    """What a log says of the last life of the run."""
+    text = text_of(log)
+    start = text.rfind(f"\n{LIFE}")
+    return text if start < 0 else text[start + 1 :].partition("\n")[2]
 
 
 def text_of(log: Path, *, start: int = 0) -> str:

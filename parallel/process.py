@@ -72,8 +72,7 @@ def process_group(recipe: Recipe) -> Iterator[tuple[torch.device, str | None]]:
     timeout = timedelta(seconds=recipe.train.time_limit_seconds)
     store, rank = None, 0
     if "WORLD_SIZE" in os.environ:
-        store, rank, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))
-        store.set_timeout(timeout)
+        store, rank = _rendezvous(timeout)
     device, unused = choose_device(recipe, dist.PrefixStore("devices", store) if store else None)
     on_cuda = device.type == "cuda"
     if on_cuda:
@@ -95,6 +94,20 @@ def process_group(recipe: Recipe) -> Iterator[tuple[torch.device, str | None]]:
             _leave_group()
         raise
     _leave_group()
+
+
+def _rendezvous(timeout: timedelta) -> tuple[dist.Store, int]:
+    """The store of this life of the run, and the rank. Raises RecipeError."""
+    try:
+        store, rank, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error) and "already in use" not in str(error):
+            raise
+        remedy = "something else listens on it; give a free one"
+        raise RecipeError("MASTER_PORT", os.environ.get("MASTER_PORT"), remedy) from None
+    store.set_timeout(timeout)
+    # torchrun keeps its store when it restarts the ranks, and in it the addresses of the dead (pytorch/pytorch#135712).
+    return dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store), rank
 
 
 def _leave_group() -> None:

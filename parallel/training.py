@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,9 +20,10 @@ from parallel.engines.native import NativeEngine
 from parallel.measure.clock import WARM_UP_STEPS, Clock
 from parallel.measure.counters import Counters, fill_in
 from parallel.measure.hardware import faster_float32_matmul, float32_matmul, matmul_ceiling, peak_of_rank
-from parallel.measure.journal import FiniteCheck, Journal, Progress, begin_life
+from parallel.measure.journal import FiniteCheck, Journal, Progress
+from parallel.measure.lives import DONE, add_save, begin_training, lived
 from parallel.measure.observer import Step
-from parallel.measure.record import Record, read_lives, write_record
+from parallel.measure.record import Record, write_record
 from parallel.measure.timeline import Timeline
 from parallel.measure.trace import Trace
 from parallel.mesh import build_mesh
@@ -108,8 +110,11 @@ def train_in_group(
     checkpoint = None
     if resume_from is not None:
         checkpoint = _checkpoint_of(recipe, resume_from, same_run=resume_from == out, data=corpus.description)
+    parity_seconds = 0.0
     if recipe.train.parity:
+        start = time.perf_counter()
         record.parity = prove(recipe, mesh=mesh, device=device)
+        parity_seconds = time.perf_counter() - start
     ceiling = _ceiling(recipe, device)
 
     engine = NativeEngine(recipe, mesh=mesh, device=device)
@@ -118,8 +123,8 @@ def train_in_group(
         engine.load_state(partial(load, checkpoint))
         first_step = checkpoint.step + 1
         say(f"resumed from step {checkpoint.step} of {checkpoint.recipe['name']}")
-    if dist.get_rank() == 0 and (recipe.checkpoint.every or checkpoint is not None):
-        _begin_life(recipe, out, checkpoint, same_run=resume_from == out)
+    if dist.get_rank() == 0:
+        _begin_life(recipe, out, checkpoint, same_run=resume_from == out, parity_seconds=parity_seconds)
     clock = Clock(recipe, device)
     counters = Counters(recipe, parameters, engine.optimizer, mesh=mesh, device=device, hosts=hosts)
     traced = min(first_step + WARM_UP_STEPS, recipe.train.steps)
@@ -136,13 +141,14 @@ def train_in_group(
         matmul = record.environment.float32_matmul
         about = {"recipe": recipe.resolved(), "data": corpus.description, "float32_matmul": matmul}
         saver = Saver(recipe, engine.state, run=out, about=about, clock=clock, device=device, asked=asked)
+        if dist.get_rank() == 0:
+            saver.saved = partial(add_save, out)
         saver.refuse_to_begin()
         engine.observers.insert(0, saver)
     for number in range(first_step, recipe.train.steps + 1):
         run_step(engine, Step(number), lambda number: token_batch(corpus, recipe, number - 1, rows, device))
     for observer in engine.observers:
         observer.report(record)
-    record.checkpoint.lives = read_lives(out)
 
     if device.type == "cpu":  # whatever else runs on the machine can only slow a product down
         ceiling = max(ceiling, _ceiling(recipe, device))
@@ -159,6 +165,7 @@ def train_in_group(
     record.status = "ok"
     if dist.get_rank() != 0:
         return None
+    record.checkpoint.lives, record.goodput = lived(out, DONE)
     write_record(out / "record.json", record.as_json())
     return record.as_json()
 
@@ -171,14 +178,17 @@ def _checkpoint_of(recipe: Recipe, run: Path, *, same_run: bool, data: str) -> C
             raise RecipeError("--resume-from", str(run), "holds no checkpoint; give the folder of a run that has one")
         say("there is no checkpoint yet: from the first step on")
         return None
-    refuse_unfit(recipe, checkpoint, resume=same_run)
+    ended = not same_run or (run / "record.json").exists()  # who started this has removed that of a life that failed
+    refuse_unfit(recipe, checkpoint, resume=same_run, ended=ended)
     if same_run and checkpoint.data not in (None, data):
         remedy = f"now gives other tokens ({data}) than before ({checkpoint.data}); --resume needs the same"
         raise RecipeError("data.source", recipe.data.source, remedy)
     return checkpoint
 
 
-def _begin_life(recipe: Recipe, out: Path, checkpoint: Checkpoint | None, *, same_run: bool) -> None:
+def _begin_life(
+    recipe: Recipe, out: Path, checkpoint: Checkpoint | None, *, same_run: bool, parity_seconds: float
+) -> None:
     first_step, resumed_from = 1, None
     if checkpoint is not None:
         first_step = checkpoint.step + 1
@@ -188,7 +198,14 @@ def _begin_life(recipe: Recipe, out: Path, checkpoint: Checkpoint | None, *, sam
             if checkpoint is None or int(folder.name[5:]) > checkpoint.step:
                 remove_checkpoint(folder)
     layout = vars(recipe.parallel)
-    begin_life(out, first_step=first_step, layout=layout, resumed_from=resumed_from, same_run=same_run)
+    begin_training(
+        out,
+        first_step=first_step,
+        layout=layout,
+        resumed_from=resumed_from,
+        same_run=same_run,
+        parity_seconds=parity_seconds,
+    )
 
 
 def _ceiling(recipe: Recipe, device: torch.device) -> float:

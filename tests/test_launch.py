@@ -227,7 +227,13 @@ def test_a_run_prints_its_progress_and_a_table_and_leaves_its_files(lab: Lab) ->
     assert out.startswith("rank 0 of 3, threads 1\n") and "passed" in out
     assert out.splitlines()[-1] == "runs/good/record.json"
     folder = lab.folder / "runs" / "good"
-    assert sorted(path.name for path in folder.iterdir()) == ["logs", "recipe.toml", "record.json", "steps.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "lives.json",
+        "logs",
+        "recipe.toml",
+        "record.json",
+        "steps.jsonl",
+    ]
     assert (folder / "logs" / "rank-0.log").read_text() == "rank 0 of 3, threads 1\n"
     assert (folder / "logs" / "rank-2.log").read_text() == "rank 2 of 3, threads 1\n"
     assert lab.record("good")["status"] == "ok" and len(lab.record("good")["steps"]) == 2
@@ -421,7 +427,10 @@ def test_a_forked_rank_has_its_own_session_files_and_figures_and_the_environment
         assert of_forked["cpu_seconds"] < 1 and of_forked["peak_rss_bytes"] < 2**28  # what its imports took is not its
         log = str(lab.folder / f"runs/tells/logs/rank-{rank}.log")
         stdin, stdout, *rest = of_forked["files"]
-        assert (stdin, rest) == ("/dev/null", [log]) and (stdout.startswith("pipe:") if rank == 0 else stdout == log)
+        held = [str(lab.folder / "runs/tells")] * (rank == 0)  # launch/folder.py
+        assert (stdin, rest) == ("/dev/null", [log, *held]) and (
+            stdout.startswith("pipe:") if rank == 0 else stdout == log
+        )
         for facts in (of_forked, of_new):
             facts["environment"] = {
                 k: v for k, v in facts["environment"].items() if k not in ("MASTER_PORT", "AT_IMPORT")

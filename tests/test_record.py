@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from parallel.measure.lives import read_lives
 from parallel.measure.record import (
     environment,
     new_record,
-    read_lives,
     read_record,
     read_records,
     read_steps,
@@ -57,6 +57,17 @@ CONTRACT: dict[str, Any] = {
     "traffic": None,
     "pipeline": {"bubble_fraction", "bubble_fraction_ideal", "timeline"},
     "checkpoint": {"saves", "bytes", "waited_seconds", "background_seconds", "lives"},
+    "goodput": {
+        "fraction",
+        "total_seconds",
+        "trained_seconds",
+        "startup_seconds",
+        "parity_seconds",
+        "save_seconds",
+        "lost_seconds",
+        "between_lives_seconds",
+        "other_seconds",
+    },
 }
 RECIPE = recipe_from_tables(
     {"name": "mix", "parallel": {"pp": 2, "dp_shard": 2, "tp": 2}, "train": {"global_batch": 8, "micro_batch": 1}}

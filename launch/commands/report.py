@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from launch.folder import variant_order
+from launch.folder import abandoned, variant_order
 from launch.page import write_page
 from launch.table import row, table
 from launch.terminal import CommandError, printable, progress
@@ -17,6 +17,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     records = read_records(arguments.folder)
+    inner = sorted(arguments.folder.iterdir()) if arguments.folder.is_dir() else []
+    records += [record for folder in (arguments.folder, *inner) if (record := abandoned(folder))]
     on_page = write_page(arguments.folder, arguments.html) if arguments.html else 0
     if not records and not on_page:
         raise CommandError(f"{arguments.folder} holds no record.json, nor do its folders; give a folder of results")

@@ -28,6 +28,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
     add_rank_options(parser)
     add_resume_options(parser)
+    restarts = "when a rank dies, start all again from the last checkpoint, at most N times; default: 0"
+    parser.add_argument("--max-restarts", metavar="N", type=int, default=0, help=restarts)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -37,6 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.nproc not in (None, recipe.world_size):
         remedy = f"the product of [parallel] is {recipe.world_size}; give that, or leave --nproc out"
         raise RecipeError("--nproc", arguments.nproc, remedy)
+    if arguments.max_restarts < 0:
+        raise RecipeError("--max-restarts", arguments.max_restarts, "give 0, for none, or more")
     refuse_too_many(recipe)
     options = rank_options(arguments)
     folder = arguments.out / recipe.name
@@ -52,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
             echo=lambda line: say(printable(line)),
             options=options,
             resume=arguments.resume,
+            max_restarts=arguments.max_restarts,
         )
     if arguments.json:
         print(record_json(record))

@@ -109,6 +109,8 @@ def step_folders(run: Path) -> list[Path]:
 def candidates(run: Path) -> list[Path]:
     """The checkpoints to go on from: the one that `latest` names, then those before it, the newest first."""
     folders = step_folders(run)
+    if not (run / CHECKPOINTS / LATEST).exists():  # then a folder without a manifest was never whole
+        return [folder for folder in folders if (folder / MANIFEST).exists()]
     with contextlib.suppress(OSError, ValueError):
         latest = (run / CHECKPOINTS / LATEST).read_text(encoding="utf-8").strip()
         if STEP_FOLDER.fullmatch(latest):
@@ -187,11 +189,11 @@ def last_readable(run: Path) -> Checkpoint | None:
 # ---- does it fit ---------------------------------------------------------------------------------------------------
 
 
-def refuse_unfit(recipe: Recipe, checkpoint: Checkpoint, *, resume: bool) -> None:
+def refuse_unfit(recipe: Recipe, checkpoint: Checkpoint, *, resume: bool, ended: bool = True) -> None:
     """RecipeError where `recipe` cannot go on from `checkpoint`.
 
     resume: as the same run, so that nothing may differ but the layout and how it is computed. Else the model must be
-    the same, and the type of its weights.
+    the same, and the type of its weights. ended: else the run came to its last step, but to no record, and may.
     """
     was, now = checkpoint.recipe, recipe.resolved()
     option = "--resume" if resume else "--resume-from"
@@ -212,7 +214,7 @@ def refuse_unfit(recipe: Recipe, checkpoint: Checkpoint, *, resume: bool) -> Non
             refuse("train", key)
     elif weight_dtype(str(was["train"].get("dtype"))) != weight_dtype(recipe.train.dtype):
         refuse("train", "dtype")
-    if checkpoint.step >= recipe.train.steps:
+    if checkpoint.step > recipe.train.steps or (ended and checkpoint.step == recipe.train.steps):
         remedy = f"the checkpoint is of step {checkpoint.step}: all are done; use more, to train on"
         raise RecipeError("train.steps", recipe.train.steps, remedy)
 

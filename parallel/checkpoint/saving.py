@@ -68,6 +68,7 @@ class Saver(Observer):
         self._waited: list[float] = []
         self._in_background: list[float] = []
         self._last: Path | None = None
+        self.saved: Callable[[float], None] = lambda waited_seconds: None  # told of each save
 
     @contextlib.contextmanager
     def step(self, step: Step) -> Iterator[None]:
@@ -132,6 +133,7 @@ class Saver(Observer):
         else:
             self._write(state, writer)
         self._waited.append(time.perf_counter() - start)
+        self.saved(self._waited[-1])
         self._last = folder
 
     def _copied(self, parts: State) -> State:

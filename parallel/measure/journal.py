@@ -4,15 +4,14 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from parallel.measure.observer import Observer, Step
-from parallel.measure.record import Record, finite, read_lives, read_steps, write_json
+from parallel.measure.record import Record, finite, read_steps
 from parallel.process import say
 
 KEPT_STEPS = 10_000  # in the record, evenly spaced
@@ -31,24 +30,6 @@ class FiniteCheck(Observer):
         loss, norm = step.loss.item(), step.grad_norm.item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise Diverged(f"step {step.number} gave loss {loss:g} and gradient norm {norm:g}; the run has diverged")
-
-
-def begin_life(
-    folder: Path,
-    *,
-    first_step: int,
-    layout: Mapping[str, int],
-    resumed_from: Mapping[str, Any] | None,
-    same_run: bool,
-) -> None:
-    """Adds a life to folder/lives.json, to those before it where the same run goes on. On rank 0 alone.
-
-    Before a Journal removes the steps that the life before it had done from first_step on.
-    """
-    lives = (read_lives(folder) or []) if same_run else []
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    life = {"first_step": first_step, "last_step": None, "resumed_from": resumed_from, "layout": dict(layout)}
-    write_json(folder / "lives.json", [*lives, life | {"time_utc": now}])
 
 
 class Journal(Observer):

@@ -124,7 +124,22 @@ class Checkpoints:
     bytes: int | None = None  # of the last one, over all ranks
     waited_seconds: float | None = None  # training stood still for a save: median, of the slowest rank
     background_seconds: float | None = None  # from then until it was on the disk; null where nothing is asynchronous
-    lives: list[dict[str, Any]] | None = None  # {first_step, last_step, resumed_from: {name, step}, layout, time_utc}
+    lives: list[dict[str, Any]] | None = None  # {first_step, last_step, resumed_from, layout, time_utc, ended, ...}
+
+
+@dataclass(kw_only=True)
+class Goodput:
+    """What the seconds since the first start of the run were good for, over all its lives."""
+
+    fraction: float | None = None  # trained_seconds / total_seconds
+    total_seconds: float | None = None
+    trained_seconds: float | None = None  # the steps that count
+    startup_seconds: float | None = None
+    parity_seconds: float | None = None
+    save_seconds: float | None = None
+    lost_seconds: float | None = None  # steps trained again, and what was under way when a life ended badly
+    between_lives_seconds: float | None = None
+    other_seconds: float | None = None  # what is left: between steps, and at the end
 
 
 LAYOUT = (*MESH_DIMS, "world_size", "replicas", "n_microbatches", "n_stages")
@@ -149,6 +164,7 @@ class Record:
     traffic: list[dict[str, Any]] | None = None  # {mesh_dim, collective, calls, bytes_per_rank, bytes_across_hosts}
     pipeline: Pipeline = field(default_factory=Pipeline)
     checkpoint: Checkpoints = field(default_factory=Checkpoints)
+    goodput: Goodput = field(default_factory=Goodput)
 
     @classmethod
     def of(cls, recipe: Recipe, kind: str = "measured") -> "Record":
@@ -267,18 +283,6 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             steps.append(finite(json.loads(line)))
     return [step for step in steps if isinstance(step, dict)]
-
-
-def read_lives(folder: Path) -> list[dict[str, Any]] | None:
-    """The lives of a run so far, in order, from its folder; None where it keeps no checkpoints."""
-    with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
-        lives = json.loads((folder / "lives.json").read_text(encoding="utf-8"))
-        if isinstance(lives, list) and all(isinstance(life, dict) for life in lives):
-            numbers = [step.get("step") for step in read_steps(folder / "steps.jsonl")[-1:]]
-            for life in lives[-1:]:
-                life["last_step"] = next((n for n in numbers if isinstance(n, int) and n >= life["first_step"]), None)
-            return lives
-    return None
 
 
 def read_records(directory: Path) -> list[dict[str, Any]]:
