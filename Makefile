@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # The first of these that is Python 3.11 or later.
 PYTHONS := python3 python3.13 python3.12 python3.11 python
 
-.PHONY: compare first-look test bench gpu setup clean
+.PHONY: compare first-look test faults bench gpu setup clean
 
 compare: setup  ## the main job: every strategy on one model, proven against one process
 	$(BIN)/lab compare recipes/compare/strategies.toml
@@ -23,6 +23,10 @@ test: setup  ## linters, types, and every test
 	@mkdir -p runs
 	$(BIN)/python -m pytest --junit-xml=runs/tests.xml
 	@echo "report: $(CURDIR)/runs/tests.xml"
+
+faults: setup  ## every kind of fault under every strategy, and 200 kills in a row: an hour; writes docs/faults.md
+	rm -rf runs/faults
+	$(BIN)/python tests/faults/faults.py --out runs/faults --table docs/faults.md
 
 bench: setup  ## the strategies against loops written by hand, in turn
 	$(BIN)/python benchmarks/bench.py
