@@ -131,7 +131,7 @@ def meet(kind: str, rank: int, recipe: Recipe, out: Path, starter: Watched, expe
     ends = [life["ended"] for life in lives]
     if not (out / "fault.met").exists():
         return f"the fault was not met: {ends}"
-    wanted = KINDS[kind]
+    wanted = KINDS["lost store" if kind == "lost peers" and recipe.world_size == 1 else kind]
     if len(lives) != wanted.lives or not re.match(wanted.says.format(r=rank), ends[0]):
         return f"lives ended so: {ends}"
     if starter.left_running():
@@ -236,8 +236,8 @@ def write(
         "# Faults: what was injected, and what came of it",
         "",
         "Written by `make faults`. Each cell is a run of 8 steps, saved after every second; one rank meets the fault",
-        "at step 6. *Exact*: all losses and gradient norms are those of the undisturbed run, to the digit. The fault must",
-        "be told in the line that the kind asks for, and no process may be left.",
+        "at step 6. *Exact*: all losses and gradient norms are those of the undisturbed run, to the digit. The line",
+        "that tells of the fault must be the one that the kind asks for, and no process may be left.",
         "",
         f"{sum(text is None for text in cells)} of {len(cells)} cells are as they should be"
         f" ({len(results)} of {len(recipes)} strategies x {len(kinds)} kinds, {seconds / 60:.0f} minutes on"
@@ -254,13 +254,14 @@ def write(
     layouts = (short_layout(vars(recipe.parallel) | {"world_size": recipe.world_size}) for recipe in recipes.values())
     lines += ["", f"Strategies: {', '.join(f'{n} ({of})' for n, of in zip(recipes, layouts, strict=True))}."]
     if killed:
+        came = f"{killed['lives']} lives, of which {killed['began_training']} came to train"
+        same = "yes, to the digit" if killed["exact"] else f"NO: {killed['reason']}"
         lines += [
             "",
-            f"**Kills in a row.** FSDP on 4 ranks, {killed['steps']} steps, saved after every second: a rank was killed by"
-            f" SIGKILL {killed['kills']} times, 0 to 4 s after its life began, in start-ups, steps and saves alike."
-            f" {killed['lives']} lives, of which {killed['began_training']} came to train,"
-            f" in {killed['seconds'] / 60:.0f} minutes; goodput {100 * (killed['goodput'] or 0):.1f} %. The end equals the undisturbed run:"
-            f" **{'yes, to the digit' if killed['exact'] else 'NO: ' + str(killed['reason'])}**.",
+            f"**Kills in a row.** FSDP on 4 ranks, {killed['steps']} steps, saved after every second: SIGKILL to a rank"
+            f" {killed['kills']} times, 0 to 4 s after a life began, in start-ups, steps and saves alike. {came}, in"
+            f" {killed['seconds'] / 60:.0f} minutes; goodput {100 * (killed['goodput'] or 0):.1f} %. The end equals the"
+            f" undisturbed run: **{same}**.",
         ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
