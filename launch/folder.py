@@ -17,7 +17,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from parallel.checkpoint.files import candidates, last_readable, refuse_unfit, step_folders
+from parallel.checkpoint.files import CHECKPOINTS, candidates, last_readable, refuse_unfit, step_folders
 from parallel.measure.lives import LIVES, NO_RECORD, close_life, closed, goodput
 from parallel.measure.record import Environment, Record, read_record, read_steps
 from parallel.recipe import Recipe, RecipeError, check_name, load_recipe
@@ -91,6 +91,9 @@ def prepare_run(folder: Path, *, resume: bool = False) -> str | None:
         else:
             remove_run(folder)
         (folder / "logs").mkdir(parents=True, exist_ok=True)
+        if (folder / CHECKPOINTS).exists():
+            (folder / CHECKPOINTS / "writable").touch()
+            (folder / CHECKPOINTS / "writable").unlink()
     except OSError as error:
         raise RecipeError("--out", str(folder), f"cannot be written ({error.strerror}); give another folder") from None
     return ended

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from parallel.measure.observer import Observer, Step
-from parallel.measure.record import Record, finite, read_steps
+from parallel.measure.record import Record, finite, naming, read_steps
 from parallel.process import say
 
 KEPT_STEPS = 10_000  # in the record, evenly spaced
@@ -56,7 +56,7 @@ class Journal(Observer):
         loss, norm = step.loss.item(), step.grad_norm.item()
         row = {"step": step.number, "loss": loss, "grad_norm": norm, "seconds": step.seconds}
         if dist.get_rank() == 0:
-            with self._path.open("a") as file:
+            with naming(self._path), self._path.open("a") as file:
                 file.write(json.dumps(finite(row)) + "\n")
         self._keep(row)
 

@@ -15,7 +15,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -257,10 +257,21 @@ def write_json(path: Path, value: Any) -> None:
     """The same for anything that JSON can say."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(record_json(value) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        with naming(path):
+            partial.write_text(record_json(value) + "\n", encoding="utf-8")
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError within, as of a full disk, says which file it was."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def record_json(record: Any) -> str:

@@ -146,8 +146,8 @@ def meet(kind: str, rank: int, recipe: Recipe, out: Path, starter: Watched, expe
 def kills(n: int, out: Path, starter: Watched, *, seed: int = 0) -> dict[str, Any]:
     """A run whose ranks are killed n times, each time one of them at a random moment; what came of it."""
     recipe = strategies()["fsdp"]
-    steps = 5 * n
-    recipe = replace(recipe, train=replace(recipe.train, steps=steps))
+    steps = 4 * n
+    recipe = replace(recipe, train=replace(recipe.train, steps=steps, time_limit_seconds=1200.0))
     expected = undisturbed(recipe, out / "undisturbed", starter)
     chance, done, n_killed = random.Random(seed), threading.Event(), 0
     starter.ranks.clear()
