@@ -19,7 +19,7 @@ from typing import Any
 
 from parallel.checkpoint.files import CHECKPOINTS, candidates, last_readable, refuse_unfit, step_folders
 from parallel.measure.lives import LIVES, NO_RECORD, close_life, closed, goodput
-from parallel.measure.record import Environment, Record, read_record, read_steps
+from parallel.measure.record import Environment, Labels, Record, read_record, read_steps
 from parallel.recipe import Recipe, RecipeError, check_name, load_recipe
 
 RUN_FILES = ("recipe.toml", "record.json", "steps.jsonl", LIVES)
@@ -164,7 +164,7 @@ def abandoned(folder: Path) -> dict[str, Any] | None:
     record = Record(kind="measured", recipe={"name": folder.absolute().name})
     with contextlib.suppress(RecipeError):
         record = Record.of(load_recipe(folder / "recipe.toml"))
-        record.environment = Environment()  # that of the run is not known
+        record.environment, record.labels = Environment(), Labels()  # those of the run are not known
     record.steps = read_steps(folder / "steps.jsonl")
     lives, ended = closed(folder)
     goes_on = "; lab run --resume goes on" if candidates(folder) else ""

@@ -5,15 +5,18 @@ inserts text as text, and the Content-Security-Policy lets no other script run a
 """
 
 import base64
+import dataclasses
 import hashlib
 import html
 import json
+import os
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from launch.folder import abandoned, variant_order
+from launch.history import cluster_of, cpu_of, find_drops, hardware_of, model_of, shape_of, time_of
 from launch.table import LONGEST_TEXT, number_in, picked, short_layout, table_in, text_in
 from parallel.measure.record import CATEGORIES, Memory, Record, read_record
 
@@ -33,7 +36,7 @@ def write_page(directory: Path, file: Path) -> int:
 
 def find_records(folder: Path, below: tuple[str, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
     """(folder below the first one with "/" between, record), the variants of a comparison in its order."""
-    if (folder / "record.json").is_file():
+    if os.path.lexists(folder / "record.json"):
         return [("/".join(below) or folder.resolve().name, read_record(folder / "record.json"))]
     if record := abandoned(folder):
         return [("/".join(below) or folder.resolve().name, record)]
@@ -73,7 +76,10 @@ def _sha256(text: str) -> str:
 
 
 def page_data(found: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    """{groups: [{comparison, hardware}], runs: [...]}: runs of one comparison on one kind of machine are a group."""
+    """{groups: [{comparison, hardware}], runs: [...], drops: [...]}.
+
+    Runs of one comparison on one kind of machine are a group.
+    """
     recipes = {identifier: json.dumps(record["recipe"], sort_keys=True, default=str) for identifier, record in found}
     runs = [_run(identifier, record) for identifier, record in found]
     dry_runs = [run for run in runs if run["kind"] == "dry-run"]
@@ -86,7 +92,8 @@ def page_data(found: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
     for run in runs:
         if not run["hardware"]:  # refused before it chose a device: it belongs with the rest of its comparison
             known = machines.get(run["comparison"], set())
-            run["hardware"] = min(known) if len(known) == 1 else _cpu(run["environment"])
+            run["hardware"] = min(known) if len(known) == 1 else cpu_of(run["environment"])
+            run["cluster"] = run["cluster"] or run["hardware"]
         run["predicted"] = predictions.get(recipes[run["id"]]) if run["kind"] == "measured" else None
     # A dry run of what was also run is shown beside it, and is no row of its own.
     was_run = {recipes[run["id"]] for run in runs if run["kind"] == "measured"}
@@ -94,7 +101,8 @@ def page_data(found: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
     groups: dict[tuple[str, str], int] = {}
     for run in sorted(shown, key=lambda run: run["kind"] == "dry-run"):  # groups of dry runs alone come last
         run["group"] = groups.setdefault((run["comparison"], run["hardware"]), len(groups))
-    return {"groups": [{"comparison": c, "hardware": h} for c, h in groups], "runs": shown}
+    drops = [{**dataclasses.asdict(drop), "share": drop.share} for drop in find_drops(found)]
+    return {"groups": [{"comparison": c, "hardware": h} for c, h in groups], "runs": shown, "drops": drops}
 
 
 def _run(identifier: str, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,8 +117,11 @@ def _run(identifier: str, record: Mapping[str, Any]) -> dict[str, Any]:
         "kind": record["kind"] or "measured",
         "layout": short_layout(record["layout"]),
         "world_size": number_in(record["layout"]["world_size"]),
-        "shape": _shape(recipe),
-        "hardware": _hardware(environment),
+        "shape": shape_of(record),
+        "model": model_of(record),
+        "hardware": hardware_of(environment),
+        "cluster": cluster_of(record),
+        "time": time.timestamp() * 1000 if (time := time_of(record)) else None,
         "loss": number_in(record["steps"][-1].get("loss")) if record["steps"] else None,
         "steps": _folded(_steps(record["steps"])),
         "parity": measured["parity"],
@@ -124,6 +135,7 @@ def _run(identifier: str, record: Mapping[str, Any]) -> dict[str, Any]:
         "bubble_ideal": measured["pipeline"]["bubble_fraction_ideal"],
         "timeline": _folded(_timeline(record["pipeline"].get("timeline"))),
         "checkpoint": _checkpoint(record["checkpoint"], measured["checkpoint"]),
+        "labels": _plain(record["labels"]),
         "recipe": _plain(recipe),
         "environment": _plain(environment),
     }
@@ -236,41 +248,3 @@ def _timeline(timeline: Any) -> dict[str, Any] | None:
         if rank in lanes
     ]
     return {"ranks": len(stages), "kinds": list(kinds), "actions": rows[:MOST_ACTIONS]}
-
-
-def _shape(recipe: Mapping[str, Any]) -> str:
-    """Model, precision and batch, in words: what makes two runs' speeds comparable."""
-    model, train = table_in(recipe.get("model")), table_in(recipe.get("train"))
-    name = model.get("preset", "tiny") if model.get("preset") != "none" else "own model"
-    layers, width = model.get("n_layers"), model.get("d_model")
-    shape = f" ({layers} layers, d_model {width})" if layers and width else ""
-    batch, length = train.get("global_batch"), train.get("seq_len")
-    tokens = f", {batch} × {length} tokens" if batch and length else ""
-    return f"{name}{shape}, {train.get('dtype', 'float32')}{tokens}"[:200]
-
-
-def _hardware(environment: Mapping[str, Any]) -> str | None:
-    """As "8 × NVIDIA H200" or "AMD EPYC, 2 cores". None where the run had chosen no device yet."""
-    device, accelerators = environment["device"], environment["accelerators"]
-    if device is None:
-        return None
-    if str(device).startswith("cpu") or not isinstance(accelerators, list) or not accelerators:
-        return _cpu(environment)
-    names = [str(name)[:100] for name in accelerators]
-    kinds = dict.fromkeys(names)
-    gpus = ", ".join(f"{names.count(kind)} × {kind}" if names.count(kind) > 1 else kind for kind in kinds)
-    return _where(environment, gpus)
-
-
-def _where(environment: Mapping[str, Any], hardware: str) -> str:
-    """As "4 × 8 × NVIDIA H200 (our cluster)": of all hosts, and where they are."""
-    hosts, cluster = environment["hosts"], environment["cluster"]
-    n_hosts = len(set(map(str, hosts))) if isinstance(hosts, list) else 1
-    of_all = f"{n_hosts} × {hardware}" if n_hosts > 1 else hardware
-    return f"{of_all} ({str(cluster)[:100]})" if cluster else of_all
-
-
-def _cpu(environment: Mapping[str, Any]) -> str:
-    cpu, cores = environment["cpu"], number_in(environment["cores"])
-    name = str(cpu)[:100] if cpu else "unknown processor"
-    return _where(environment, f"{name}, {cores:.0f} cores" if cores else name)

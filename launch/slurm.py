@@ -183,7 +183,7 @@ def variables(site: Site, place: Placement) -> dict[str, str]:
         "LAB_MODULES": "\n".join(site.modules),
         "LAB_CONTAINER": site.container_image,
         "LAB_MOUNTS": ",".join(site.container_mounts),
-        "LAB_CLUSTER": site.name,
+        "PARALLEL_LAB_CLUSTER": site.name,
     }
     return {key: value for key, value in given.items() if value}
 

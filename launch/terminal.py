@@ -4,13 +4,17 @@ import argparse
 import difflib
 import functools
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from parallel.measure.record import CLUSTER, LABELS
 from parallel.recipe import RecipeError
+
+LONGEST_LABEL = 1000  # characters
 
 
 class CommandError(ValueError):
@@ -75,6 +79,30 @@ def add_rank_options(parser: argparse.ArgumentParser) -> None:
     matmul = "float32 products on a CPU; default: the faster that is exact, the same in all rows of a comparison"
     add("--matmul", choices=("highest", "medium"), help=matmul)
     add("--out", metavar="DIR", type=Path, default=Path("runs"), help="results; default: runs")
+
+
+def add_label_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--cluster-name", metavar="NAME", help="of this cluster, in the record; default: $PARALLEL_LAB_CLUSTER")
+    add("--tag", metavar="TAG", action="append", default=[], help="in the record, to find runs by; repeat it")
+    add("--note", metavar="TEXT", help="in the record")
+
+
+def set_labels(arguments: argparse.Namespace) -> None:
+    """Hands those options on, by the environment: to every rank, and to whoever records that one failed.
+
+    Raises RecipeError.
+    """
+    for tag in arguments.tag:
+        if "," in tag:
+            raise RecipeError("--tag", tag, "holds a comma; give each tag a --tag of its own")
+    given = (("--cluster-name", arguments.cluster_name), ("--tag", ",".join(arguments.tag)), ("--note", arguments.note))
+    for name, (option, text) in zip((CLUSTER, *LABELS), given, strict=True):
+        if text is None or (option == "--tag" and not arguments.tag):
+            continue
+        if not text.strip() or not text.isprintable() or len(text) > LONGEST_LABEL:
+            raise RecipeError(option, text[:40], f"give a line of text, at most {LONGEST_LABEL} characters")
+        os.environ[name] = text
 
 
 def add_resume_options(parser: argparse.ArgumentParser) -> None:

@@ -25,11 +25,13 @@ from launch.folder import RUN_FILES, hold, refuse_other_folder, remove_results, 
 from launch.terminal import (
     CommandError,
     Parser,
+    add_label_options,
     add_rank_options,
     add_resume_options,
     add_settings,
     printable,
     rank_options,
+    set_labels,
 )
 from launch.verdict import STOPPED, may_restart, record_error, record_failure
 from parallel.checkpoint.files import Stopped
@@ -51,10 +53,12 @@ def main(argv: list[str]) -> int:
         parser.add_argument("recipe", metavar="RECIPE", help="a TOML file; see recipes/")
         add_settings(parser)
         add_rank_options(parser)
+        add_label_options(parser)
         add_resume_options(parser)
         parser.add_argument("--started", type=float, default=started, help=argparse.SUPPRESS)  # by `lab run`
         arguments = parser.parse(argv)
         rank_options(arguments)
+        set_labels(arguments)
         recipe = load_recipe(arguments.recipe, arguments.set)
         if world_size != recipe.world_size:
             n = recipe.world_size

@@ -1,6 +1,5 @@
 """One rank's run: prove the layout, train, record."""
 
-import os
 import socket
 import time
 from collections.abc import Sequence
@@ -99,7 +98,6 @@ def train_in_group(
     record.environment.note = note
     if device.type == "cpu" and recipe.train.dtype == "float32":
         record.environment.float32_matmul = torch.get_float32_matmul_precision()
-    record.environment.cluster = os.environ.get("LAB_CLUSTER")
     names = gathered(socket.gethostname())
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     hosts = record.environment.hosts = [numbers[name] for name in names]

@@ -240,6 +240,16 @@ def test_a_run_prints_its_progress_and_a_table_and_leaves_its_files(lab: Lab) ->
     assert load_recipe(folder / "recipe.toml") == load_recipe(lab.folder / "base.toml", ["name=good"])
 
 
+def test_labels_reach_the_record_whatever_becomes_of_the_run(lab: Lab) -> None:
+    for name in ("good", "leaves-rank-2"):
+        lab.run(name, "--cluster-name", "alpha", "--tag", "nightly", "--tag", "h100", "--note", "new NCCL")
+        assert lab.record(name)["labels"] == {
+            **{"tags": ["nightly", "h100"], "note": "new NCCL"},
+            "job_id": os.environ.get("SLURM_JOB_ID"),
+        }
+        assert lab.record(name)["environment"]["cluster"] == "alpha"
+
+
 def test_a_second_run_of_the_name_starts_afresh_and_removes_only_what_a_run_leaves(lab: Lab) -> None:
     folder = lab.folder / "runs" / "silent"
     (folder / "logs").mkdir(parents=True)
@@ -705,9 +715,9 @@ def test_settings_may_be_written_either_way_and_the_command_line_has_the_last_wo
         (["run"], "the following arguments are required: RECIPE"),
         (["run", "base.toml", "--sett", "a=b"], "unknown argument '--sett' of lab run; did you mean --set?"),
         (
-            ["run", "base.toml", "--nodes"],
-            "unknown argument '--nodes' of lab run; known: "
-            "--json, --matmul, --nproc, --out, --peak-flops, --profile, --resume, --resume-from, --set",
+            ["dry-run", "base.toml", "--resume"],
+            "unknown argument '--resume' of lab dry-run; "
+            "known: --all-distinct-ranks, --json, --out, --rank, --set, --world-size",
         ),
         (["run", "base.toml", "--resume"], "checkpoint.every = 0: keeps no checkpoints, and --resume finds none in"),
         (["check", "base.toml", "--out", "x"], "unknown argument '--out' of lab check; known: --json, --memory, --set"),
@@ -732,7 +742,12 @@ def test_settings_may_be_written_either_way_and_the_command_line_has_the_last_wo
         (["run", "trio.toml"], "trio.toml is a comparison; use lab compare"),
         (["compare", "base.toml"], "base.toml: has neither base nor [[variant]]: a recipe; use lab run"),
         (["check", "base.toml", "missing.toml"], "file = 'missing.toml': does not exist"),
-        (["report", "nowhere"], "nowhere holds no record.json"),
+        (["report", "nowhere"], "nowhere does not exist; give a folder of results"),
+        (["report", "base.toml"], "base.toml is a file; give a folder of results"),
+        (["report", ".", "--fail-on-regression", "-1"], "--fail-on-regression = -1.0: give percent, from 0 to"),
+        (["run", "base.toml", "--tag", "a,b"], "--tag = 'a,b': holds a comma; give each tag a --tag of its own"),
+        (["run", "base.toml", "--note", "a\nb"], "--note = 'a\\nb': give a line of text, at most 1000 characters"),
+        (["compare", "trio.toml", "--cluster-name", ""], "--cluster-name = '': give a line of text, at most 1000"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_starts_nothing(

@@ -1,7 +1,5 @@
 """The page, in a real headless Chromium without a network: what it shows, and what it never does."""
 
-import copy
-import functools
 import json
 import re
 import shutil
@@ -11,100 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from layouts import small_recipe
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from results import Record, complete_record, empty_record, memory
 
 from launch.cli import main
 from launch.page import find_records, page_data, page_html, write_page
-from parallel.measure.record import new_record, write_record
+from parallel.measure.record import write_record
 
 CHARTS = ("utilisation", "speed", "memory", "traffic", "step", "parity", "loss", "bubble", "timeline")
 GENTLE = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
-Record = dict[str, Any]
 Open = Callable[..., Page]
 
 
 # ---- records -------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _ended_well(**parallel: int) -> Record:
-    return new_record(small_recipe(train=dict(micro_batch=1), parallel=parallel)) | {"status": "ok"}
-
-
-def empty_record(name: str, **parallel: int) -> Record:
-    """A run that ended well and measured nothing."""
-    record = copy.deepcopy(_ended_well(**parallel))
-    record["recipe"]["name"] = name
-    record["environment"] |= {
-        "device": "cpu",
-        "cpu": "Test CPU",
-        "cores": 2,
-        "accelerators": [],
-        "git_commit": "a" * 40,
-    }
-    return record
-
-
-def complete_record(name: str, factor: float = 1.0, **parallel: int) -> Record:
-    """A run with every key of the contract filled; `factor` tells runs apart."""
-    record = empty_record(name, **parallel)
-    ranks = record["layout"]["world_size"]
-    record["steps"] = [
-        {"step": n, "loss": 4.0 / n, "grad_norm": 1.0 / n, "seconds": 0.25 * factor} for n in range(1, 21)
-    ]
-    record["parity"] = {
-        "reference": "one process, same model and batch",
-        "dtype": "float64",
-        "max_rel_grad_diff": 3.5e-16 * factor,
-        "max_abs_loss_diff": 8.9e-16,
-        "passed": True,
-    }
-    record["throughput"] = {
-        "tokens_per_s": 512 / factor,
-        "tokens_per_s_per_rank": 512 / factor / ranks,
-        "step_seconds": {"median": 0.25 * factor, "p10": 0.2 * factor, "p90": 0.4 * factor},
-        "cpu_seconds_per_step": 0.5 * factor,
-        "step_parts": {
-            "compute_seconds": 0.18 * factor,
-            "communication_seconds": 0.05 * factor,
-            "idle_seconds": 0.02 * factor,
-        },
-        "steps_timed": 16,
-        "steps_left_out": {"warm-up": 3, "profile": 1, "save": 0},
-    }
-    record["flops"] = {
-        "definition": "PaLM, appendix B",
-        "model_flops_per_token": 1.25e6,
-        "model_flops_per_token_causal": 1.2e6,
-        "hardware_flops_per_token": 1.6e6,
-        "mfu": 0.42 / factor,
-        "mfu_causal": 0.4 / factor,
-        "hfu": 0.53 / factor,
-        "peak_flops": 989e12,
-        "peak_source": "datasheet of the device",
-        "matmul_ceiling_flops": 791.2e12,
-    }
-    record["memory"] = memory(ranks, round(2**20 * factor))
-    record["traffic"] = [
-        {"mesh_dim": "dp_shard", "collective": "all_gather", "calls": 18, "bytes_per_rank": round(6 * 2**20 * factor)},
-        {"mesh_dim": "dp_shard", "collective": "reduce_scatter", "calls": 9, "bytes_per_rank": 3 * 2**20},
-        {"mesh_dim": "tp", "collective": "all_reduce", "calls": 40, "bytes_per_rank": 2**20},
-    ]
-    return record
-
-
-def memory(ranks: int, unit: int) -> Record:
-    parts = ("parameters", "gradients", "optimizer", "activations", "other")
-    per_rank = []
-    for rank in range(ranks):
-        split = {f"{part}_bytes": unit * (i + 1) * (1 + rank) for i, part in enumerate(parts)}
-        per_rank.append({"rank": rank, "peak_bytes": sum(split.values()), **split})
-    peaks = [row["peak_bytes"] for row in per_rank]
-    return {"per_rank": per_rank, "max_peak_bytes": max(peaks), "min_peak_bytes": min(peaks), "step": 2}
 
 
 def pipelined(record: Record) -> Record:

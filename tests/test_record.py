@@ -55,6 +55,7 @@ CONTRACT: dict[str, Any] = {
     },
     "memory": {"per_rank", "max_peak_bytes", "min_peak_bytes", "step", "note"},
     "traffic": None,
+    "labels": {"job_id", "tags", "note"},
     "pipeline": {"bubble_fraction", "bubble_fraction_ideal", "timeline"},
     "checkpoint": {"saves", "bytes", "waited_seconds", "background_seconds", "lives"},
     "goodput": {
@@ -116,6 +117,20 @@ def test_the_environment_names_versions_and_hardware_but_no_person_host_or_folde
     private = [str(Path.home()), str(Path.cwd()), os.uname().nodename, os.environ.get("USER"), "hunter2-hunter2"]
     assert [word for word in private if word and word in text and len(word) > 4] == []
     assert "/" not in text.replace(str(found["cpu"]), "").replace(str(found["platform"]), "")
+
+
+def test_labels_are_those_of_the_environment_and_a_reader_adds_none_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write_record(tmp_path / "record.json", new_record(RECIPE) | {"status": "ok"})
+    for name, text in (("CLUSTER", "alpha"), ("TAGS", "nightly,h100"), ("NOTE", "new NCCL")):
+        monkeypatch.setenv(f"PARALLEL_LAB_{name}", text)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    expected = {"job_id": "4711", "tags": ["nightly", "h100"], "note": "new NCCL"}
+    assert new_record(RECIPE)["environment"]["cluster"] == "alpha"
+    assert new_record(RECIPE)["labels"] == new_record({"name": "refused"})["labels"] == expected
+    read = read_record(tmp_path / "record.json")
+    assert set(read["labels"].values()) == {None} and read["environment"]["cluster"] is None
 
 
 def test_a_record_is_made_without_importing_torch() -> None:

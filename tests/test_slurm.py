@@ -137,7 +137,7 @@ def test_a_dry_run_shows_what_a_shell_would_submit_and_leaves_no_file(
     shown = capsys.readouterr().out
     assert "across the network: dp_shard\n" in shown and "srun --nodes=" in shown
     commands = shown[shown.index("export ") : shown.index("# ---- slurm/")]
-    program = f'sbatch() {{ for word in "$@" "$LAB_CLUSTER"; do printf \'%s\\0\' "$word"; done; }}\n{commands}'
+    program = f'sbatch() {{ for word in "$@" "$PARALLEL_LAB_CLUSTER"; do printf \'%s\\0\' "$word"; done; }}\n{commands}'
     answer = subprocess.run(["bash", "-c", program], capture_output=True, text=True, timeout=30)
     words = answer.stdout.split("\0")[:-1]
     assert words[-1] == hostile and f"--partition={hostile}" in words and "--nodes=2" in words

@@ -8,7 +8,7 @@ from launch.page import write_page
 from launch.starting import Starter
 from launch.supervisor import Interrupted
 from launch.table import remark_on, row, table
-from launch.terminal import add_rank_options, add_settings, progress, rank_options
+from launch.terminal import add_label_options, add_rank_options, add_settings, progress, rank_options, set_labels
 from parallel.measure.record import record_json
 
 
@@ -19,10 +19,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--predict", action="store_true", help="dry-run every variant, too: the page shows predicted beside measured")
     add_settings(parser)
     add_rank_options(parser)
+    add_label_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     options = rank_options(arguments)
+    set_labels(arguments)
     say = progress(arguments)
     comparison = on_one_device(
         comparison_with_data(arguments.comparison, arguments.set), n_gpus=visible_gpus(), say=say

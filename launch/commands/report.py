@@ -1,31 +1,69 @@
 """Print the table of result files."""
 
 import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from launch.folder import abandoned, variant_order
-from launch.page import write_page
+from launch.folder import PREDICTED
+from launch.history import find_drops, in_words
+from launch.page import find_records, page_html
 from launch.table import row, table
 from launch.terminal import CommandError, printable, progress
-from parallel.measure.record import read_records, record_json
+from parallel.measure.record import record_json
+from parallel.recipe import RecipeError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="DIR", type=Path, help="of a run, a comparison, or several of them")
-    parser.add_argument("--html", metavar="FILE", type=Path, help="write a page of all results in and below DIR, too")
+    add = parser.add_argument
+    add("folder", metavar="DIR", type=Path, help="of a run, a comparison, or several of them, some folders deep")
+    add("--html", metavar="FILE", type=Path, help="write a page of the same results, too")
+    fail = "exit with 1 where a series of runs has become slower by more than that, beyond its spread, and still is"
+    add("--fail-on-regression", metavar="PERCENT", type=float, help=fail)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    records = read_records(arguments.folder)
-    inner = sorted(arguments.folder.iterdir()) if arguments.folder.is_dir() else []
-    records += [record for folder in (arguments.folder, *inner) if (record := abandoned(folder))]
-    on_page = write_page(arguments.folder, arguments.html) if arguments.html else 0
-    if not records and not on_page:
-        raise CommandError(f"{arguments.folder} holds no record.json, nor do its folders; give a folder of results")
-    order = variant_order(arguments.folder)
-    records.sort(key=lambda record: order.get(record["recipe"]["name"], len(order)))
-    if records or arguments.json:  # the page looks deeper into the folder than the table
-        print(record_json([row(record) for record in records]) if arguments.json else table(records))
-    if on_page:
-        progress(arguments)(f"\n{printable(str(arguments.html))}: {on_page} records")
-    return 0
+    folder, most_percent = arguments.folder, arguments.fail_on_regression
+    if most_percent is not None and not (0 <= most_percent < 100 and math.isfinite(most_percent)):
+        raise RecipeError("--fail-on-regression", most_percent, "give percent, from 0 to below 100")
+    if not folder.is_dir():
+        raise CommandError(f"{folder} {'is a file' if folder.exists() else 'does not exist'}; give a folder of results")
+    found = find_records(folder)
+    if not found:
+        raise CommandError(f"{folder} holds no record.json, nor do its folders; give a folder of results")
+    say = progress(arguments)
+    rows = _without_predictions(found)
+    if arguments.json:
+        print(record_json([{"run": identifier} | row(record) for identifier, record in rows]))
+    else:
+        print(_tables(rows))
+    if arguments.html:
+        arguments.html.parent.mkdir(parents=True, exist_ok=True)
+        arguments.html.write_text(page_html(folder.resolve().name or "results", found), encoding="utf-8")
+        say(f"\n{printable(str(arguments.html))}: {len(found)} records")
+    return _judge(found, most_percent) if most_percent is not None else 0
+
+
+def _judge(found: Sequence[tuple[str, Mapping[str, Any]]], most_percent: float) -> int:
+    drops = find_drops(found)
+    for drop in drops:
+        print(f"lab: {printable(in_words(drop))}", file=sys.stderr)
+    return 1 if any(drop.lasts and 100 * drop.share > most_percent for drop in drops) else 0
+
+
+def _without_predictions(found: Sequence[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    """Without the dry runs that `lab compare --predict` keeps beside what it measured, if that is there."""
+    rows = [(name, record) for name, record in found if PREDICTED not in name.split("/")[:-1]]
+    return rows or list(found)
+
+
+def _tables(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """One for each folder that holds runs, under its name where there are several."""
+    folders: dict[str, list[dict[str, Any]]] = {}
+    for identifier, record in rows:
+        folders.setdefault(identifier.rpartition("/")[0], []).append(record)
+    if len(folders) == 1:
+        return table(next(iter(folders.values())))
+    return "\n\n\n".join(f"{printable(name or 'runs')}\n\n{table(records)}" for name, records in folders.items())

@@ -11,12 +11,14 @@ from launch.supervisor import refuse_too_many, supervise
 from launch.table import remark_on, table
 from launch.terminal import (
     CommandError,
+    add_label_options,
     add_rank_options,
     add_resume_options,
     add_settings,
     printable,
     progress,
     rank_options,
+    set_labels,
 )
 from parallel.measure.record import record_json
 from parallel.recipe import RecipeError, read_toml
@@ -27,6 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc", metavar="N", type=int, help="processes; must be the product of [parallel]")
     add_settings(parser)
     add_rank_options(parser)
+    add_label_options(parser)
     add_resume_options(parser)
     restarts = "when a rank dies, start all again from the last checkpoint, at most N times; default: 0"
     parser.add_argument("--max-restarts", metavar="N", type=int, default=0, help=restarts)
@@ -43,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise RecipeError("--max-restarts", arguments.max_restarts, "give 0, for none, or more")
     refuse_too_many(recipe)
     options = rank_options(arguments)
+    set_labels(arguments)
     folder = arguments.out / recipe.name
     refuse_other_folder(folder, RUN_FILES)
     if resumed_run(recipe, folder, resume=arguments.resume, resume_from=arguments.resume_from):

@@ -48,7 +48,7 @@ class Environment:
     accelerators: list[str] | None = None
     device: str | None = None  # what the run chose, known to its ranks alone: device and what follows
     backend: str | None = None
-    cluster: str | None = None  # its name, of slurm/site.toml
+    cluster: str | None = None  # its name, of --cluster-name or slurm/site.toml
     hosts: list[int] | None = None  # of each rank: those of one number are on one host
     data: str | None = None
     float32_matmul: str | None = None  # on a CPU: torch's precision of float32 products
@@ -142,6 +142,23 @@ class Goodput:
     other_seconds: float | None = None  # what is left: between steps, and at the end
 
 
+@dataclass(kw_only=True)
+class Labels:
+    """What whoever started the run calls it, so that runs of one kind are found among all others."""
+
+    job_id: str | None = None  # of Slurm
+    tags: list[str] | None = None
+    note: str | None = None
+
+    @classmethod
+    def of_environment(cls) -> "Labels":
+        """Of the variables in LABELS, as every process of a run inherits them, and SLURM_JOB_ID."""
+        tags, note = (os.environ.get(name) or None for name in LABELS)
+        return cls(job_id=os.environ.get("SLURM_JOB_ID"), tags=tags.split(",") if tags else None, note=note)
+
+
+CLUSTER = "PARALLEL_LAB_CLUSTER"  # the variable; --cluster-name and a Slurm site file set it
+LABELS = ("PARALLEL_LAB_TAGS", "PARALLEL_LAB_NOTE")  # tags with "," between
 LAYOUT = (*MESH_DIMS, "world_size", "replicas", "n_microbatches", "n_stages")
 
 
@@ -156,6 +173,7 @@ class Record:
     recipe: dict[str, Any] = field(default_factory=dict)
     layout: dict[str, int | None] = field(default_factory=lambda: dict.fromkeys(LAYOUT))
     environment: Environment = field(default_factory=Environment)
+    labels: Labels = field(default_factory=Labels)
     steps: list[dict[str, Any]] = field(default_factory=list)  # {step, loss, grad_norm, seconds}
     parity: Parity = field(default_factory=Parity)
     throughput: Throughput = field(default_factory=Throughput)
@@ -171,7 +189,8 @@ class Record:
         """One in which nothing is measured yet; its status, too, is null until it is known."""
         assert kind in KINDS, kind
         layout = {key: getattr(recipe if hasattr(recipe, key) else recipe.parallel, key) for key in LAYOUT}
-        return cls(kind=kind, recipe=recipe.resolved(), layout=layout, environment=environment())
+        here, labels = environment(), Labels.of_environment()
+        return cls(kind=kind, recipe=recipe.resolved(), layout=layout, environment=here, labels=labels)
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -181,7 +200,8 @@ def new_record(recipe: Recipe | Mapping[str, Any]) -> dict[str, Any]:
     """Its JSON. A recipe that was refused is given as the tables its author wrote: it has no layout."""
     if isinstance(recipe, Recipe):
         return Record.of(recipe).as_json()
-    return Record(kind="measured", recipe=dict(recipe), environment=environment()).as_json()
+    here, labels = environment(), Labels.of_environment()
+    return Record(kind="measured", recipe=dict(recipe), environment=here, labels=labels).as_json()
 
 
 # ---- environment ---------------------------------------------------------------------------------------------------
@@ -200,6 +220,7 @@ def environment() -> Environment:
         cpu=_cpu_model(),
         cores=available_cores(),
         accelerators=_accelerators(),
+        cluster=os.environ.get(CLUSTER) or None,
     )
 
 
