@@ -93,6 +93,8 @@ def train_in_group(
     rows = rows_of_replica(recipe, mesh)
     record = Record.of(recipe)
     record.environment.device = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    if device.type == "cuda":
+        record.environment.device_memory_bytes = torch.cuda.get_device_properties(device).total_memory
     record.environment.backend = dist.get_backend()
     record.environment.data = corpus.description
     record.environment.note = note

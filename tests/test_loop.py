@@ -19,7 +19,7 @@ from parallel.batches import rows_of_replica
 from parallel.engines.engine import run_step
 from parallel.engines.native import NativeEngine
 from parallel.measure import clock, journal
-from parallel.measure.clock import Clock
+from parallel.measure.clock import Clock, busy_ticks
 from parallel.measure.journal import Diverged, FiniteCheck, Journal
 from parallel.measure.observer import Observer, Step, nested
 from parallel.measure.record import Record
@@ -125,6 +125,31 @@ def test_what_is_reported_after_a_step_is_not_billed_to_the_next() -> None:
                 now[0] += number
             seconds.append(step.seconds)
     assert seconds == [1.0, 2.0, 3.0] and now[0] == 306.0
+
+
+def test_what_others_take_is_counted_on_the_cores_of_this_process_alone() -> None:
+    stat = "cpu  9 9 9 9 9 9 9 9 9 9\ncpu0 1 2 4 800 900 8 16 32 5 5\ncpu1 100 0 0 7 7 0 0 0 0 0\nintr 1 2\n"
+    assert busy_ticks(stat, {0}) == 63  # idle and waiting for a disk are not in it, a hypervisor's share is
+    assert busy_ticks(stat, {0, 1}) == 163 and busy_ticks("", {0}) == 0
+
+
+def crowded(ticks: float) -> float | None:
+    """What a run of five steps says, if the cores were busy for so many seconds a step; it used none of them."""
+    record, times = Record(), iter([*range(100)])
+    watch = Clock(small_recipe(), CPU)
+    with (
+        mock.patch.object(Clock, "_now", lambda self: (next(times), 0.0)),
+        mock.patch.object(Clock, "_busy_seconds", lambda self, seen=[0.0]: seen.append(seen[-1] + ticks) or seen[-1]),
+    ):
+        for number in range(1, 6):
+            do_step([watch], number)
+        watch.report(record)
+    return record.throughput.cores_used_by_others
+
+
+def test_a_busy_machine_is_in_the_record(ranks: Ranks) -> None:
+    assert ranks(1, crowded, 1.5) == [1.5]  # steps of one second
+    assert ranks(1, crowded, 0.0) == [None]  # where nobody counts
 
 
 def long_run(out: str, n_steps: int) -> tuple[list[int], int, dict[str, Any], int]:

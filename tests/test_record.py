@@ -36,6 +36,7 @@ CONTRACT: dict[str, Any] = {
         "tokens_per_s_per_rank",
         "step_seconds",
         "cpu_seconds_per_step",
+        "cores_used_by_others",
         "step_parts",
         "steps_timed",
         "steps_left_out",

@@ -2,12 +2,15 @@
 
 import contextlib
 import os
+import re
 import statistics
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from parallel import torch_private
 from parallel.collectives import gathered
@@ -15,6 +18,7 @@ from parallel.measure.observer import Observer, Step
 from parallel.measure.record import Record, Spread
 from parallel.recipe import Recipe
 
+STAT = Path("/proc/stat")
 WARM_UP_STEPS = 3  # allocators, caches, connections and compilation settle in the first steps
 KEPT_STEPS = 10_000  # the last ones; speed is theirs
 
@@ -25,22 +29,24 @@ class Clock(Observer):
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self._recipe, self._device = recipe, device
         self._n_steps = 0
-        self._steps: deque[tuple[int, float, float]] = deque()  # number, wall and CPU seconds
+        self._steps: deque[tuple[int, float, float, float]] = deque()  # number; seconds: wall, CPU, busy cores
         self._left_out: dict[int, str] = {}  # why, on this rank
 
     @contextlib.contextmanager
     def step(self, step: Step) -> Iterator[None]:
         n_graphs = torch_private.n_compiled_graphs()
+        busy = self._busy_seconds()
         wall, cpu = self._now()
         yield
         wall, cpu = (now - before for now, before in zip(self._now(), (wall, cpu), strict=True))
+        busy = self._busy_seconds() - busy
         step.seconds = wall
         self._n_steps += 1
         if torch_private.n_compiled_graphs() > n_graphs:
             self.leave_out(step.number, "compile")
         if self._n_steps <= WARM_UP_STEPS:  # wherever a run begins
             self._left_out[step.number] = "warm-up"
-        self._steps.append((step.number, wall, cpu))
+        self._steps.append((step.number, wall, cpu, busy))
         if len(self._steps) > KEPT_STEPS:
             self._left_out.pop(self._steps.popleft()[0], None)
 
@@ -56,20 +62,46 @@ class Clock(Observer):
 
     def report(self, record: Record) -> None:
         timed = set(self.timed())
-        seconds = spread([wall for number, wall, _ in self._steps if number in timed])
-        cpu_seconds = sum(gathered(sum(cpu for number, _, cpu in self._steps if number in timed)))
+        counted = [step for step in self._steps if step[0] in timed]
+        seconds = spread([wall for _, wall, *_ in counted])
+        cpu_seconds = sum(gathered(sum(cpu for _, _, cpu, _ in counted)))
+        busy_seconds = gathered(sum(busy for *_, busy in counted))[0]
         train, speed = self._recipe.train, record.throughput
         if seconds.median:
             speed.tokens_per_s = train.global_batch * train.seq_len / seconds.median
             speed.tokens_per_s_per_rank = speed.tokens_per_s / self._recipe.world_size
         speed.step_seconds = seconds
         speed.cpu_seconds_per_step = cpu_seconds / len(timed) if timed else None
+        if busy_seconds and self._on_one_host:
+            wall_seconds = sum(wall for _, wall, *_ in counted)
+            speed.cores_used_by_others = max(0.0, busy_seconds - cpu_seconds) / wall_seconds
         speed.steps_timed, speed.steps_left_out = len(timed), dict(Counter(self._left_out.values()))
+
+    @property
+    def _on_one_host(self) -> bool:
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self._recipe.world_size)) == self._recipe.world_size
+
+    def _busy_seconds(self) -> float:
+        """In which the cores of this process were busy, whatever with; 0 but on rank 0 of a run on Linux's CPUs."""
+        if (dist.is_initialized() and dist.get_rank()) or self._device.type != "cpu" or not STAT.exists():
+            return 0.0
+        return busy_ticks(STAT.read_text(), os.sched_getaffinity(0)) / os.sysconf("SC_CLK_TCK")
 
     def _now(self) -> tuple[float, float]:
         """Wall seconds, and CPU seconds of all threads of this process."""
         torch.get_device_module(self._device).synchronize(self._device)
         return time.perf_counter(), sum(os.times()[:2])
+
+
+def busy_ticks(stat: str, cores: Collection[int]) -> int:
+    """Clock ticks of /proc/stat that these cores were not idle, those that a hypervisor took included (man proc)."""
+    ticks = 0
+    for core, user, nice, system, _idle, _iowait, *others in re.findall(
+        r"^cpu(\d+) (\d+) (\d+) (\d+) (\d+) (\d+) (\d+) (\d+) (\d+)", stat, re.M
+    ):
+        if int(core) in cores:
+            ticks += sum(map(int, (user, nice, system, *others)))
+    return ticks
 
 
 def spread(seconds: Sequence[float]) -> Spread:

@@ -47,6 +47,7 @@ class Environment:
     cores: int | None = None
     accelerators: list[str] | None = None
     device: str | None = None  # what the run chose, known to its ranks alone: device and what follows
+    device_memory_bytes: int | None = None  # of one accelerator
     backend: str | None = None
     cluster: str | None = None  # its name, of --cluster-name or slurm/site.toml
     hosts: list[int] | None = None  # of each rank: those of one number are on one host
@@ -80,6 +81,7 @@ class Throughput:
     tokens_per_s_per_rank: float | None = None
     step_seconds: Spread = field(default_factory=Spread)
     cpu_seconds_per_step: float | None = None
+    cores_used_by_others: float | None = None  # during those steps, of the cores that this run may use; on one host
     step_parts: dict[str, float] | None = None  # {compute_seconds, communication_seconds, idle_seconds}
     steps_timed: int | None = None
     steps_left_out: dict[str, int] | None = None  # reason -> how many
