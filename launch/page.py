@@ -17,10 +17,18 @@ from typing import Any
 
 from launch.folder import abandoned, variant_order
 from launch.history import cluster_of, cpu_of, find_drops, hardware_of, model_of, shape_of, time_of
-from launch.table import LONGEST_TEXT, number_in, picked, short_layout, table_in, text_in
+from launch.table import LONGEST_TEXT, layout_kind, number_in, picked, short_layout, table_in, text_in
 from parallel.measure.record import CATEGORIES, Memory, Record, read_record
 
-ASSETS = ("page.css", "template.html", "tools.js", "figures.js", "charts.js", "page.js")  # scripts in this order
+ASSETS = (
+    "page.css",
+    "template.html",
+    "tools.js",
+    "figures.js",
+    "charts.js",
+    "overview.js",
+    "page.js",
+)  # scripts in this order
 DEEPEST = 4  # folders below the one that is given, as in machine / comparison / predicted / variant
 MOST_STEPS = 500  # points of a loss curve; of a longer run, evenly spaced ones and the last
 MOST_ACTIONS = 20_000  # of a pipeline's timeline
@@ -110,12 +118,14 @@ def _run(identifier: str, record: Mapping[str, Any]) -> dict[str, Any]:
     recipe, environment, measured = record["recipe"], record["environment"], picked(record, Record)
     return {
         "id": identifier,
+        "key": base64.urlsafe_b64encode(hashlib.sha256(identifier.encode()).digest())[:6].decode(),  # short, for links
         "comparison": identifier.rpartition("/")[0],
         "name": text_in(recipe.get("name")) or identifier,
         "status": record["status"],
         "reason": measured["reason"],
         "kind": record["kind"] or "measured",
         "layout": short_layout(record["layout"]),
+        "layout_kind": layout_kind(record["layout"]),
         "world_size": number_in(record["layout"]["world_size"]),
         "shape": shape_of(record),
         "model": model_of(record),

@@ -1,6 +1,7 @@
 """The terminal's table: a row per record, at most 100 columns wide, and what was compared below it."""
 
 import dataclasses
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -88,6 +89,12 @@ def short_layout(layout: Mapping[str, Any]) -> str | None:
         return None
     sizes = {short: number_in(layout.get(dim)) for dim, short in MESH_DIMS.items()}
     return "·".join(f"{short}{size:.0f}" for short, size in sizes.items() if size and size > 1) or "1 rank"
+
+
+def layout_kind(layout: Mapping[str, Any]) -> str | None:
+    """As "pp2·fsdp·tp8": without the sizes of replicas and shards, which grow with the number of devices."""
+    short = short_layout(layout)
+    return short and re.sub(r"(dp)\d+", r"\1", short)
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:

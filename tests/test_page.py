@@ -1,5 +1,6 @@
 """The page, in a real headless Chromium without a network: what it shows, and what it never does."""
 
+import csv
 import json
 import re
 import shutil
@@ -10,13 +11,14 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
-from results import Record, complete_record, empty_record, memory
+from results import GPU, Record, complete_record, empty_record, memory, months
 
 from launch.cli import main
 from launch.page import find_records, page_data, page_html, write_page
 from parallel.measure.record import write_record
 
-CHARTS = ("utilisation", "speed", "memory", "traffic", "step", "parity", "loss", "bubble", "timeline")
+CHARTS = ("utilisation", "speed", "memory", "traffic", "step", "loss", "bubble", "timeline")
+READY = "html[data-ready=true]"  # every part is drawn
 GENTLE = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -81,6 +83,7 @@ def open_page(browser: Browser, tmp_path: Path) -> Iterator[Open]:
     contexts, said, asked = [], [], []
 
     def open_(records: dict[str, Record], *, hash: str = "", width: int = 1280, dark: bool = False) -> Page:
+        shutil.rmtree(tmp_path / "results", ignore_errors=True)  # of another page of this test
         for folder, record in records.items():
             path = tmp_path / "results" / folder / "record.json"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +99,7 @@ def open_page(browser: Browser, tmp_path: Path) -> Iterator[Open]:
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("request", lambda request: asked.append(request.url))
         page.goto(file.as_uri() + hash)
-        page.wait_for_selector("html[data-ready=true]")
+        page.wait_for_selector(READY)
         return page
 
     yield open_
@@ -123,13 +126,21 @@ def table_rows(table: Locator) -> list[dict[str, Any]]:
 
 
 def numbers_of(page: Page, chart: str) -> list[dict[str, Any]]:
+    page.wait_for_selector(READY)
     numbers = page.locator(f"#chart-{chart} details")
     numbers.evaluate("details => details.open = true")  # it is filled when it is opened
     return table_rows(numbers.locator("table"))
 
 
 def names_in_table(page: Page) -> list[str]:
+    page.wait_for_selector(READY)
     return page.locator("#runs tbody tr[data-id] th").all_text_contents()
+
+
+def found_in(page: Page) -> list[str]:
+    """The sentences at the beginning."""
+    page.wait_for_selector(READY)
+    return [text.strip() for text in page.locator("#findings li").all_text_contents()]
 
 
 # ---- charts --------------------------------------------------------------------------------------------------------
@@ -267,7 +278,7 @@ def test_traffic_steps_parity_and_bubble(open_page: Open) -> None:
     parity = {row["run"]: row for row in numbers_of(page, "parity")}
     assert parity["fsdp"]["gradient difference"] == pytest.approx(5.25e-16)
     assert (parity["fsdp"]["parity"], parity["wrong"]["parity"]) == ("passed", "FAILED")
-    assert page.locator("#chart-parity .limit").count() == 2  # in the drawing and in its key
+    expect(page.locator("#chart-parity .verdict")).to_have_text("✗ 1 of 5 FAILED worst: 7.5e-1, wrong · 1 not compared")
     [bubble] = numbers_of(page, "bubble")
     assert bubble == {"run": "pp-1f1b", "measured, %": 31, "ideal, %": 20}
 
@@ -278,7 +289,7 @@ def test_parts_of_a_step_that_nobody_timed_are_absent_and_not_zero(open_page: Op
     none["throughput"]["step_parts"] = None
     page = open_page({"half": half, "none": none})
     rows = {row["run"]: list(row.values())[1:] for row in numbers_of(page, "step")}
-    assert rows == {"half": [0.18, 0.05, None, pytest.approx(0.23)], "none": [None] * 4}
+    assert rows == {"half": [0.18, 0.05, None, pytest.approx(0.23), 0.25], "none": [None] * 4 + [0.25]}
     for text in ("≥ 0.23", "not measured"):
         expect(page.locator("#chart-step .drawing")).to_contain_text(text)
 
@@ -299,7 +310,10 @@ def test_loss_curves_and_the_pipeline_as_it_ran(open_page: Open) -> None:
     loss = numbers_of(page, "loss")
     assert [row["step"] for row in loss] == [str(n) for n in range(1, 21)]
     assert [row["fsdp-tp"] for row in loss] == [pytest.approx(4.0 / n) for n in range(1, 21)]
-    assert page.locator("#chart-loss .drawing .curve").count() == 5
+    assert [row["largest difference"] for row in loss] == [0] * 20
+    assert page.locator("#chart-loss .drawing .curve").count() == 1
+    expect(page.locator("#chart-loss figcaption")).to_contain_text("All 5 rows train one model on the same tokens")
+    expect(page.locator("#chart-loss figcaption")).to_contain_text("their losses are equal to the last digit")
     timeline = numbers_of(page, "timeline")
     assert len(timeline) == 8
     assert timeline[0]["start, ms"] == pytest.approx(0) and timeline[0]["end, ms"] == pytest.approx(10)
@@ -361,8 +375,10 @@ def test_what_was_not_measured_is_said_and_never_drawn_as_zero(open_page: Open) 
     for chart in CHARTS:
         expect(page.locator(f"#chart-{chart} .none")).to_contain_text("ot measured")
         assert page.locator(f"#chart-{chart} .drawing").count() == 0
-    [first, _] = table_rows(page.locator("#runs"))
-    assert [first[head] for head in ("MFU\n%", "speed\ntokens/s", "last\nloss", "parity")] == [None] * 4
+    expect(page.locator("#chart-parity .none")).to_contain_text("ot measured")
+    assert list(table_rows(page.locator("#runs"))[0]) == ["compare", "name", "layout", "devices"]
+    expect(page.locator("#same")).to_contain_text("Not measured in any: MFU %; causal %; HFU %; speed tokens/s;")
+    assert "2 runs were not compared with one process." in found_in(page)
 
 
 # ---- the table, the choice and its address -------------------------------------------------------------------------
@@ -391,9 +407,9 @@ def test_rows_are_found_by_text_and_status(open_page: Open) -> None:
     page.get_by_label("Find").fill("80 GiB")
     assert names_in_table(page) == ["oom"]
     page.get_by_label("Find").fill("")
-    page.get_by_label("Status").select_option("refused")
+    page.locator("#status").select_option("refused")
     assert names_in_table(page) == ["refused"]
-    expect(page.locator("#count")).to_have_text("1 of 9 shown")
+    expect(page.locator("#count")).to_have_text("1 of 9 runs; everything on this page is of these")
 
 
 def test_reasons_of_rows_that_did_not_end_well_are_read_out(open_page: Open) -> None:
@@ -408,12 +424,14 @@ def test_reasons_of_rows_that_did_not_end_well_are_read_out(open_page: Open) -> 
 def test_the_choice_and_the_order_survive_in_the_address(open_page: Open) -> None:
     page = open_page(complete_comparison())
     page.get_by_role("button", name="Compare none").click()
+    page.wait_for_selector(READY)
     assert page.locator("#charts figure").count() == 0
     page.get_by_label("Compare fsdp-tp").check()
     page.get_by_label("Compare single").check()
     page.locator("th[data-key=step_seconds] button").click()
     assert [row["run"] for row in numbers_of(page, "speed")] == ["single", "fsdp-tp"]
     page.locator("th[data-key=step_seconds] button").click()
+    page.get_by_label("Baseline").select_option(label="fsdp")
     address = page.evaluate("location.hash")
     page.reload()
     again = open_page(complete_comparison(), hash=address)
@@ -421,18 +439,73 @@ def test_the_choice_and_the_order_survive_in_the_address(open_page: Open) -> Non
         assert [row["run"] for row in numbers_of(each, "speed")] == ["fsdp-tp", "single"]
         expect(each.locator("th[data-key=step_seconds]")).to_have_attribute("aria-sort", "descending")
         assert each.locator("#runs input:checked").count() == 2
-    page.evaluate("location.hash = 'run=no-such-run&run=fsdp&sort=no-such-column'")
-    expect(page.locator("#runs input:checked")).to_have_count(1)
-    assert [row["run"] for row in numbers_of(page, "speed")] == ["fsdp"]
+        expect(each.get_by_label("Baseline")).to_have_value(re.compile("......"))
+
+
+def test_a_link_says_what_it_names_and_the_page_does_not_have(open_page: Open) -> None:
+    address = "#runs=nosuch.nosuc2&sort=no-such-column&cluster=delta&details=nosuch"
+    page = open_page(complete_comparison(), hash=address)
+    expect(page.locator("#notice")).to_have_text("This link names what is not on this page: 3 runs, cluster “delta”.")
+    assert names_in_table(page)[:2] == ["single", "fsdp"] or len(names_in_table(page)) == 9
+    page.goto(page.url.partition("#")[0])
+    page.reload()
+    expect(page.locator("#notice")).to_be_hidden()
+
+
+def test_a_part_of_the_page_is_a_place_to_link_to(open_page: Open) -> None:
+    page = open_page(complete_comparison(), hash="#chart-memory")
+    expect(page.locator("#chart-memory")).to_be_in_viewport()
+    assert page.locator("#runs input:checked").count() == 6
+    page.get_by_label("Find").fill("fsdp")
+    page.wait_for_selector(READY)
+    page.locator(".skip").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector(READY)
+    assert names_in_table(page) == ["fsdp", "fsdp-tp", "unmeasured"]  # the filter is still there
+
+
+def test_a_run_opens_beside_the_page_and_back_closes_it(open_page: Open) -> None:
+    page = open_page(complete_comparison(), hash="#query=fsdp")
+    before = page.evaluate("scrollY")
+    page.locator("#runs").get_by_role("link", name="fsdp-tp").click()
+    details = page.locator("#details")
+    expect(details).to_be_visible()
+    expect(details.get_by_role("heading", level=2)).to_have_text("fsdp-tp")
+    expect(details.get_by_role("heading", level=2)).to_be_focused()
+    assert abs(page.evaluate("scrollY") - before) < 900  # the page itself stays where it is
+    address = page.evaluate("location.hash")
+    page.locator("#runs").get_by_role("link", name="fsdp", exact=True).click()
+    expect(details.get_by_role("heading", level=2)).to_have_text("fsdp")
+    page.go_back()
+    expect(details.get_by_role("heading", level=2)).to_have_text("fsdp-tp")
+    page.go_back()
+    expect(details).to_be_hidden()
+    assert names_in_table(page) == ["fsdp", "fsdp-tp", "unmeasured"] and page.url.endswith("#query=fsdp")
+    page.go_forward()
+    expect(details).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(details).to_be_hidden()
+    expect(page.locator("#runs").get_by_role("link", name="fsdp-tp")).to_be_focused()
+    again = open_page(complete_comparison(), hash=address)
+    expect(again.locator("#details")).to_contain_text("lab run fsdp-tp.toml")
+
+
+def test_a_link_to_eighty_runs_is_short(open_page: Open) -> None:
+    page = open_page({f"some/long/folder-{n}/strategy": empty_record(f"strategy-{n}") for n in range(81)})
+    page.get_by_role("button", name="Compare all shown").click()
+    page.get_by_label("Compare strategy-80").uncheck()
+    assert len(page.evaluate("location.hash")) < 600
 
 
 def test_each_run_tells_its_recipe_command_versions_and_hardware(open_page: Open) -> None:
     found = complete_comparison()
     costs = {"saves": 3, "bytes": 18_604_044, "waited_seconds": 0.3562, "background_seconds": 2.25}
     found["fsdp-tp"]["checkpoint"] = costs | {"lives": [{"first_step": 1, "last_step": 8}, {"first_step": 7}]}
+    found["fsdp-tp"]["environment"]["cluster"] = "alpha"
+    found["fsdp-tp"]["labels"] = {"job_id": "4711", "tags": ["nightly", "h100"], "note": "new NCCL"}
     page = open_page(found)
     page.locator("#runs").get_by_role("link", name="fsdp-tp").click()
-    details = page.locator("#details details[open]")
+    details = page.locator("#details")
     command, recipe = details.locator("pre").all_text_contents()
     assert command.splitlines() == [
         "lab run fsdp-tp.toml",
@@ -440,6 +513,7 @@ def test_each_run_tells_its_recipe_command_versions_and_hardware(open_page: Open
     ]
     assert "[parallel]\npp = 1\ndp_replicate = 1\ndp_shard = 2\ncp = 1\ntp = 2" in recipe
     expect(details).to_contain_text("Test CPU, 2 cores")
+    expect(details).to_contain_text("clusteralphajob4711tagsnightly, h100notenew NCCL")
     expect(details).to_contain_text("16 steps timed; left out: 3 warm-up, 1 profile")
     expect(details).to_contain_text("memory and trafficof step 2")
     waited = "training waited 0.356 s for each, 2.25 s in the background"
@@ -459,18 +533,121 @@ def test_no_mfu_has_its_reason(open_page: Open) -> None:
         ("silent", "MFU–not measured"),
     ):
         page.locator("#runs").get_by_role("link", name=name).click()
-        expect(page.locator(f"#details details[data-id={name}]")).to_contain_text(told)
+        expect(page.locator("#details")).to_contain_text(told)
 
 
-def test_comparisons_machines_and_their_history(open_page: Open) -> None:
+# ---- what was found ------------------------------------------------------------------------------------------------
+
+
+def test_the_page_begins_with_what_it_found(open_page: Open) -> None:
+    page = open_page(complete_comparison())
+    assert found_in(page) == [
+        "single is the fastest: 512 tokens/s, 42 % MFU; pp-1f1b is within the spread of its steps. single needs the"
+        " least memory: 15 MiB on its fullest rank; fsdp-tp the most, 8 times that.",
+        "1 of 5 FAILED the proof against one process: wrong.",
+        "3 runs did not end well: oom, refused, timeout.",
+        "4 ranks share 2 cores: compare overheads, not speed-ups.",
+        "1 run was not compared with one process.",
+    ]
+    page.get_by_label("Find").fill("pp-1f1b")
+    assert found_in(page) == [
+        "The one run that was compared with one process has its gradients: they differ by at most 4.4e-16 in float64."
+    ]
+
+
+def test_a_run_that_failed_its_proof_is_never_the_fastest(open_page: Open) -> None:
+    records = {name: complete_record(name, factor) for name, factor in (("good", 2.0), ("slow", 4.0), ("wrong", 1.0))}
+    records["wrong"]["parity"]["passed"] = False
+    page = open_page(records)
+    assert found_in(page)[0].startswith("good is the fastest: 256 tokens/s, 21 % MFU, 100 % ahead of slow. good needs")
+    best = page.locator("#runs .best").evaluate_all("cells => cells.map(cell => cell.parentElement.dataset.id)")
+    assert set(best) == {"good"}
+
+
+def test_a_busy_machine_is_said(open_page: Open) -> None:
+    records = {name: complete_record(name) for name in ("quiet", "busy")}
+    records["quiet"]["throughput"]["cores_used_by_others"] = 0.1
+    records["busy"]["throughput"]["cores_used_by_others"] = 0.9
+    said = "Other programs kept 0.9 of 2 cores busy while busy ran: those times are too long."
+    assert said in found_in(open_page(records))
+
+
+def test_speed_against_memory_joins_what_nothing_beats(open_page: Open) -> None:
+    records = complete_comparison()
+    for name, tokens_per_s, unit in (("lean", 100, 2**18), ("beaten", 90, 2**19)):
+        records[name] = complete_record(name)
+        records[name]["throughput"]["tokens_per_s"] = tokens_per_s
+        records[name]["memory"] = memory(1, unit)
+    page = open_page(records)
+    rows = {row["run"]: row["beaten by none"] for row in numbers_of(page, "trade")}
+    assert rows == {
+        **{"single": "yes", "lean": "yes", "beaten": "no", "fsdp": "no", "fsdp-tp": "no", "pp-1f1b": "no"},
+    }
+    path = page.locator("#chart-trade .curve").get_attribute("d") or ""
+    assert path.count("L") == 1
+    assert page.locator("#chart-trade .limit").count() == 0
+
+
+def test_the_memory_of_the_device_is_a_line(open_page: Open) -> None:
+    records = {name: complete_record(name, factor) for name, factor in (("a", 1.0), ("b", 2.0))}
+    for record in records.values():
+        record["environment"] |= {"device": GPU, "accelerators": [GPU], "device_memory_bytes": 50 * 2**20}
+    page = open_page(records)
+    assert page.locator("#chart-trade .limit").count() == 1
+    expect(page.locator("#chart-trade figcaption")).to_contain_text("The dashed line is the device's memory, 50 MiB.")
+
+
+def test_mfu_above_hfu_is_explained_and_no_bar_sticks_out(open_page: Open) -> None:
+    records = {name: complete_record(name) for name in ("long", "recompute")}
+    records["long"]["flops"] |= {"mfu": 0.67, "mfu_causal": 0.55, "hfu": 0.60}
+    page = open_page(records)
+    about = page.locator("#chart-utilisation figcaption p")
+    expect(about).to_contain_text("MFU is above HFU in 1 row: it counts the half of attention that the causal mask")
+    for bars in page.locator("#chart-utilisation .drawing").evaluate_all(
+        "all => all.map(one => [...one.querySelectorAll('rect')].map(bar => bar.width.baseVal.value))"
+    ):
+        for hardware, model in zip(bars[::2], bars[1::2], strict=True):
+            assert model < hardware
+    expect(open_page({"a": records["recompute"]}).locator("#chart-utilisation p")).not_to_contain_text("above HFU")
+
+
+def test_each_row_can_be_held_against_another(open_page: Open) -> None:
+    page = open_page(complete_comparison())
+    page.get_by_label("Baseline").select_option(label="single")
+    row = page.locator("#runs tr[data-id=fsdp]")
+    expect(row.locator("small")).to_have_text(["−33 %", "−33 %", "−33 %", "−33 %", "+50 %", "+50 %", "+500 %"])
+    expect(page.locator("#runs tr[data-id=single] small").first).to_have_text("=")
+
+
+def test_columns_that_are_the_same_in_all_rows_are_a_sentence(open_page: Open) -> None:
+    page = open_page({"a": complete_record("a"), "b": complete_record("b", 1.5, dp_shard=4)})
+    heads = page.locator("#runs thead th").all_text_contents()
+    assert "status" not in heads and "parity" not in heads and "last\nloss" not in heads and "layout" in heads
+    expect(page.locator("#same")).to_have_text("The same in all rows: status ok; last loss 0.2000; parity passed. ")
+
+
+def test_parts_and_step_agree_or_the_chart_says_why(open_page: Open) -> None:
+    page = open_page({"a": complete_record("a"), "b": complete_record("b", 1.5)})
+    expect(page.locator("#chart-step figcaption")).not_to_contain_text("another time")
+    apart = complete_record("apart")
+    apart["throughput"]["step_parts"]["compute_seconds"] = 0.25
+    page = open_page({"a": complete_record("a"), "apart": apart})
+    expect(page.locator("#chart-step figcaption")).to_contain_text(
+        "In 1 row they add up to another time than the median"
+    )
+    assert page.locator("#chart-step .drawing .whisker").count() == 1
+
+
+# ---- clusters, devices, months -------------------------------------------------------------------------------------
+
+
+def test_comparisons_and_machines_are_groups(open_page: Open) -> None:
     records = {}
-    for day, mfu in ((1, 0.30), (2, 0.33), (3, 0.36)):
+    for day in (1, 2, 3):
         for name in ("fsdp", "ddp"):
             record = complete_record(name)
-            record["flops"]["mfu"] = mfu
             record["environment"] |= {
                 "time_utc": f"2026-01-0{day}T12:00:00+00:00",
-                "git_commit": f"{day}" * 40 + "-dirty",
                 **({"device": "cuda:0", "accelerators": ["Test GPU"] * 8} if day == 3 else {}),
             }
             records[f"day-{day}/strategies/{name}"] = record
@@ -484,15 +661,7 @@ def test_comparisons_machines_and_their_history(open_page: Open) -> None:
         "day-2/strategies on Test CPU, 2 cores",
         "day-3/strategies on 8 × Test GPU",
     ]
-    page.get_by_label("Strategy").select_option("fsdp")
-    rows = numbers_of(page, "history")
-    assert [(row["time, UTC"], row["commit"], row["MFU, % of peak"]) for row in rows] == [
-        ("2026-01-01 12:00", "1111111-dirty", 30),
-        ("2026-01-02 12:00", "2222222-dirty", 33),
-        ("2026-01-03 12:00", "3333333-dirty", 36),
-    ]
-    assert page.locator("#chart-history .drawing .curve").count() == 2  # the third ran on another machine
-    page.get_by_label("Comparison").select_option("day-2/strategies")
+    page.locator("#comparison").select_option("day-2/strategies")
     assert names_in_table(page) == ["ddp", "fsdp"]
 
 
@@ -510,6 +679,139 @@ def test_hosts_and_the_cluster_are_named_with_the_hardware() -> None:
         assert group["hardware"] == expected
 
 
+def test_a_regression_is_seen_in_the_chart_the_list_and_the_findings(open_page: Open) -> None:
+    page = open_page(months())
+    text = re.compile(
+        r"fsdp on 64 devices of beta: MFU 3\d(\.\d)? % instead of 3\d.\d %, 18 % lower since 0000007 of 2026-02-23"
+    )
+    assert any(line.startswith("1 series of runs became slower") and text.search(line) for line in found_in(page))
+    expect(page.locator("#drops li")).to_have_text([text])
+    assert page.locator("#chart-history .alarm").count() == 1
+    expect(page.locator("#chart-history .alarm-label")).to_have_text("−18 %")
+    assert page.locator("#chart-history .curve").count() == 6
+    expect(page.locator("#chart-history .key li").first).to_have_text("fsdp · 64 devices · beta · batch 64")
+    expect(page.locator("#chart-history .drawing")).to_contain_text("0000007")
+    page.locator("#axis").select_option("time")
+    expect(page.locator("#chart-history .drawing")).to_contain_text("2026-03-09")
+    page.locator("#drops a").click()
+    expect(page.locator("#details")).to_contain_text("beta/week-007/64/fsdp")
+
+
+def test_a_line_over_time_is_one_cluster_and_one_number_of_devices(open_page: Open) -> None:
+    page = open_page(months())
+    page.locator("#strategy").select_option("hsdp")
+    rows = numbers_of(page, "history")
+    assert len(rows) == 60 and {row["strategy"] for row in rows} == {"hsdp"}
+    lines = page.locator("#chart-history .curve > title").all_text_contents()
+    expected = {f"{n} devices · {cluster} · batch {n}" for n in (64, 128) for cluster in ("alpha", "beta", "gamma")}
+    assert set(lines) == expected
+    assert page.locator("#drops li").count() == 0
+    page.locator("#cluster").select_option("alpha")
+    page.locator("#devices").select_option("64")
+    assert [row["commit"] for row in numbers_of(page, "history")] == [f"{n:07x}" for n in range(10)]
+
+
+def test_a_filter_drives_every_chart_and_number(open_page: Open) -> None:
+    page = open_page(months())
+    page.locator("#cluster").select_option("gamma")
+    page.locator("#devices").select_option("128")
+    page.locator("#since").fill("2026-02-01")
+    expect(page.locator("#count")).to_have_text("24 of 240 runs; everything on this page is of these")
+    page.wait_for_selector(READY)
+    assert page.locator("#runs tbody tr[data-id]").count() == 24
+    assert found_in(page)[0].startswith("hsdp is the fastest: 5")
+    assert found_in(page)[1].startswith("All 24 runs that were compared")
+    expect(page.locator("#layouts")).to_be_hidden()
+    assert {row["cluster"] for row in numbers_of(page, "history")} == {"gamma"}
+    assert len(numbers_of(page, "speed")) == 24
+    page.get_by_role("button", name="Reset").click()
+    expect(page.locator("#count")).to_have_text("240 runs in all")
+    expect(page.locator("#cluster")).to_have_value("")
+
+
+def test_which_layout_is_best_on_how_many_devices(open_page: Open) -> None:
+    records = months(drop=None)
+    page = open_page(records)
+    rows = {(row["layout"], int(row["devices"])): row for row in numbers_of(page, "heat")}
+    for kind, strategy in (("fsdp", "fsdp"), ("dp·fsdp", "hsdp"), ("fsdp·tp2", "fsdp-tp"), ("pp4·fsdp", "pp-fsdp")):
+        for n in (64, 128):
+            own = [
+                r["flops"]["mfu"]
+                for r in records.values()
+                if (r["recipe"]["name"], r["layout"]["world_size"]) == (strategy, n)
+            ]
+            assert rows[kind, n]["MFU, % of peak"] == pytest.approx(100 * max(own))
+            assert rows[kind, n]["run"] == strategy
+    assert page.locator("#chart-heat .wins").count() == 2
+    expect(page.locator("#chart-heat figcaption")).to_contain_text("Over 3 clusters: choose one above.")
+    scaling = numbers_of(page, "scaling")
+    for row in scaling:
+        own = [
+            r["throughput"]["tokens_per_s"]
+            for r in records.values()
+            if (r["recipe"]["name"], r["environment"]["cluster"], r["layout"]["world_size"])
+            == (row["strategy"], row["cluster"], row["devices"])
+        ]
+        assert row["tokens/s"] == pytest.approx(max(own))
+    first, last = scaling[:2]
+    assert (first["efficiency, %"], first["devices"], last["devices"]) == (100, 64, 128)
+    assert last["efficiency, %"] == pytest.approx(100 * last["tokens/s"] / first["tokens/s"] / 2)
+    assert page.locator("#chart-scaling .ideal").count() == page.locator("#chart-scaling .curve").count() == 6
+
+
+def test_sorted_rows_are_one_list(open_page: Open) -> None:
+    page = open_page(months(commits=2))
+    assert page.locator("#runs tr.group").count() > 1
+    page.locator("th[data-key=tokens_per_s] button").click()
+    page.wait_for_selector(READY)
+    assert page.locator("#runs tr.group").count() == 0
+    rows = table_rows(page.locator("#runs"))
+    speeds = [row["speed\ntokens/s"] for row in rows]
+    assert speeds == sorted(speeds, reverse=True) and len(speeds) == 48
+    assert {row["cluster"] for row in rows} == {"alpha", "beta", "gamma"}
+
+
+def test_what_is_shown_can_be_saved(open_page: Open) -> None:
+    records = complete_comparison()
+    records["odd"] = complete_record('=HYPERLINK("x")')
+    page = open_page(records)
+    page.get_by_label("Find").fill("fsdp float64")
+    saved = {}
+    for kind in ("CSV", "JSON"):
+        with page.expect_download() as download:
+            page.get_by_role("button", name=f"Save {kind}").click()
+        saved[kind] = Path(download.value.path()).read_text(encoding="utf-8")
+    rows = json.loads(saved["JSON"])
+    assert [row["name"] for row in rows] == ["fsdp", "fsdp-tp", "unmeasured"]
+    assert rows[0]["tokens_per_s"] == records["fsdp"]["throughput"]["tokens_per_s"]
+    assert rows[0]["peak_bytes"] == records["fsdp"]["memory"]["max_peak_bytes"]
+    lines = list(csv.DictReader(saved["CSV"].splitlines()))
+    assert [line["mfu"] and float(line["mfu"]) for line in lines] == [pytest.approx(28), pytest.approx(21), ""]
+    page.get_by_label("Find").fill("odd")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save CSV").click()
+    [line] = csv.DictReader(Path(download.value.path()).read_text(encoding="utf-8").splitlines())
+    assert line["name"] == """'=HYPERLINK("x")"""
+
+
+def test_dry_runs_alone_are_a_page_of_plans(open_page: Open) -> None:
+    plans = {}
+    for name in ("fsdp", "fsdp-tp"):
+        plans[name] = empty_record(name, dp_shard=4) | {"kind": "dry-run", "memory": memory(4, 2**20)}
+        plans[name]["environment"]["device"] = "fake cpu"
+    plans["fsdp-tp"]["memory"] = memory(4, 2**19)
+    page = open_page(plans)
+    assert found_in(page) == [
+        "2 plans: dry runs. Memory, traffic and FLOPs are counted exactly; nothing was run, so there is no speed.",
+        "fsdp-tp needs the least memory: 30 MiB on its fullest rank; fsdp the most, 2 times that.",
+    ]
+    expect(page.locator("#runs-title")).to_have_text("Plans")
+    assert "easured" not in page.locator("#found").inner_text()
+    assert page.locator("#charts figure").evaluate_all("all => all.map(one => one.id)") == [
+        *("chart-memory", "chart-traffic", "chart-bubble"),
+    ]
+
+
 # ---- for everyone --------------------------------------------------------------------------------------------------
 
 
@@ -517,7 +819,10 @@ def test_hosts_and_the_cluster_are_named_with_the_hardware() -> None:
 def test_axe_finds_nothing(open_page: Open, dark: bool) -> None:
     page = open_page(complete_comparison(), dark=dark)
     page.evaluate("for (const details of document.querySelectorAll('details')) details.open = true")
-    expect(page.locator("figure .numbers table")).to_have_count(len(CHARTS))
+    expect(page.locator("figure .numbers table")).to_have_count(
+        len(CHARTS) + 3
+    )  # parity, layouts, speed against memory
+    page.locator("#runs").get_by_role("link", name="fsdp-tp").click()
     page.evaluate((files("axe_playwright_python") / "axe.min.js").read_text())
     found = page.evaluate("axe.run().then(({passes, violations}) => ({passes: passes.length, violations}))")
     serious = [
@@ -545,6 +850,7 @@ def test_a_phone_scrolls_down_only(open_page: Open) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     for chart in CHARTS:
         assert page.locator(f"#chart-{chart} .drawing svg").bounding_box()["width"] <= 330
+    expect(page.locator("#sideways")).to_be_visible()
     page.set_viewport_size({"width": 1100, "height": 800})
     expect(page.locator("#chart-loss .drawing svg")).not_to_have_attribute("width", re.compile("^[23]..$"))
 
@@ -552,10 +858,11 @@ def test_a_phone_scrolls_down_only(open_page: Open) -> None:
 def test_print_leaves_out_the_controls_and_is_light(open_page: Open) -> None:
     page = open_page(complete_comparison(), dark=True)
     page.emulate_media(media="print")
-    for control in (".controls", "#theme", "#runs input >> nth=0", "footer"):
+    for control in (".controls >> nth=0", "#against", "#theme", "#runs input >> nth=0", "footer"):
         expect(page.locator(control)).to_be_hidden()
     expect(page.locator("#chart-speed .drawing svg")).to_be_visible()
     assert page.evaluate("getComputedStyle(document.documentElement).colorScheme") == "light"
+    assert len(page.pdf(format="A4")) < 500_000  # bytes
 
 
 def test_the_keyboard_reaches_everything(open_page: Open) -> None:
@@ -574,7 +881,8 @@ def test_the_keyboard_reaches_everything(open_page: Open) -> None:
             )
         )
         assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
-    assert {"theme", "query", "status", "choose-none", "tokens_per_s", "input", "a", "summary"} <= reached
+    link = page.locator("#runs tbody a").get_attribute("data-key")
+    assert {"theme", "query", "reset", "against", "choose-none", "tokens_per_s", "input", link, "summary"} <= reached
 
 
 # ---- anyone's records ----------------------------------------------------------------------------------------------
@@ -588,6 +896,8 @@ def test_a_record_full_of_script_shows_as_text(open_page: Open) -> None:
     good["environment"] |= {"cpu": HOSTILE, "torch": HOSTILE, "git_commit": HOSTILE}
     good["traffic"][0] |= {"mesh_dim": HOSTILE, "collective": "</script><script>window.harmed = 1</script>"}
     good["flops"]["peak_source"] = HOSTILE
+    good["environment"]["cluster"] = HOSTILE
+    good["labels"] = {"job_id": HOSTILE, "tags": [HOSTILE, {}], "note": HOSTILE}
     good["throughput"]["steps_left_out"][HOSTILE] = 1
     good["pipeline"]["timeline"] = [
         {"rank": 0, "stage": HOSTILE, "microbatch": 1, "action": HOSTILE, "start_seconds": 0, "end_seconds": 1}
@@ -598,7 +908,7 @@ def test_a_record_full_of_script_shows_as_text(open_page: Open) -> None:
     assert (page.locator("script").count(), page.locator("img").count()) == (2, 0)
     assert names_in_table(page) == [HOSTILE, HOSTILE]
     expect(page.locator("#unfinished li")).to_contain_text(f"</script>{HOSTILE}")
-    expect(page.locator("#details details[open]")).to_contain_text(HOSTILE)
+    expect(page.locator("#details")).to_contain_text(HOSTILE)
     assert "lab run recipe.toml" in page.locator("#details pre").first.text_content()  # no name for a shell to read
 
 
@@ -608,9 +918,17 @@ def test_a_record_of_the_wrong_types_is_a_row_all_the_same(open_page: Open, tmp_
     odd["memory"] = {"per_rank": [7, {"peak_bytes": "many"}], "max_peak_bytes": 10**400}
     odd["traffic"] = [None, {"mesh_dim": None, "collective": 3, "calls": {}, "bytes_per_rank": []}]
     odd["recipe"] = {"name": "odd", "model": "none", "train": []}
-    odd["environment"] = {"time_utc": ["never"], "accelerators": "GPU", "device": 7, "cores": "two"}
+    odd["environment"] = {
+        "time_utc": ["never"],
+        "cluster": 7,
+        "hosts": 3,
+        "accelerators": "GPU",
+        "device": 7,
+        "cores": "two",
+    }
     odd["pipeline"] = {"timeline": [{"rank": "first"}], "bubble_fraction": "small"}
     odd["steps"] = [{"step": "one", "loss": None}]
+    odd["labels"] = {"tags": "none", "note": {"a": []}, "job_id": []}
     page = open_page({"odd": odd, "good": complete_record("good")})
     assert sorted(names_in_table(page)) == ["good", "odd"]
     assert {row["run"]: row for row in numbers_of(page, "speed")}["odd"]["tokens/s"] is None
@@ -625,22 +943,18 @@ def test_no_data_can_end_its_script_or_fill_a_placeholder() -> None:
 
 
 def test_a_thousand_records_stay_a_small_document(open_page: Open) -> None:
-    records = {}
-    for n in range(1000):
-        record = complete_record(f"run-{n % 50}", 1 + n / 1000, dp_shard=4)
-        record["environment"]["time_utc"] = f"2026-01-{1 + n // 50:02d}T12:00:00+00:00"
-        records[f"night-{n // 50:02d}/{n % 50}"] = record
-    page = open_page(records)
-    assert page.locator("#runs tbody tr[data-id]").count() == 200
+    page = open_page(months(commits=42))
+    assert page.locator("#runs tbody tr[data-id]").count() == 100
     assert page.locator("#charts figure .drawing").count() > 5
     assert page.locator("figure table").count() == 0  # before its numbers are asked for
-    assert page.evaluate("document.querySelectorAll('*').length") < 15_000
-    expect(page.locator("#drawn")).to_have_text("40 runs chosen in the table above")
+    assert page.evaluate("document.querySelectorAll('*').length") < 10_000
+    expect(page.locator("#drawn")).to_have_text("4 runs chosen in the table above")
     page.get_by_role("button", name="Compare all shown").click()
-    expect(page.locator("#drawn")).to_have_text("1000 runs chosen; the first 40 are drawn")
-    page.get_by_role("button", name="Show all 1000 rows").click()
-    assert page.locator("#runs tbody tr[data-id]").count() == 1000
-    assert len(numbers_of(page, "history")) == 20
+    expect(page.locator("#drawn")).to_have_text("1008 runs chosen; the first 40 are drawn")
+    page.get_by_role("button", name="Show all 1008 rows").click()
+    page.wait_for_selector(READY)
+    assert page.locator("#runs tbody tr[data-id]").count() == 1008
+    assert len(numbers_of(page, "history")) == 1008
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
@@ -654,10 +968,17 @@ def test_report_writes_the_page_beside_the_table(tmp_path: Path, capsys: pytest.
     assert main(["report", str(tmp_path / "results" / "today"), "--html", str(page)]) == 0
     assert "single" in capsys.readouterr().out
     assert page.read_text().startswith("<!doctype html>")
-    page.unlink()
-    assert main(["report", str(tmp_path / "results"), "--html", str(page)]) == 0  # deeper than the table looks
+    page = tmp_path / "new" / "folder" / "page.html"
+    folder = tmp_path / "results" / "yesterday" / "ddp"
+    folder.mkdir(parents=True)
+    write_record(folder / "record.json", complete_record("ddp", dp_replicate=4))
+    assert main(["report", str(tmp_path / "results"), "--html", str(page)]) == 0
     assert page.is_file()
-    assert [name for name, _ in find_records(tmp_path / "results")] == ["today/single"]
+    shown = capsys.readouterr().out
+    assert shown.startswith("today\n\n") and "\n\n\nyesterday\n\n" in shown and shown.count("Model own model") == 2
+    assert [name for name, _ in find_records(tmp_path / "results")] == ["today/single", "yesterday/ddp"]
+    assert main(["report", str(tmp_path / "results"), "--json"]) == 0
+    assert [row["run"] for row in json.loads(capsys.readouterr().out)] == ["today/single", "yesterday/ddp"]
 
 
 def test_no_results_make_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

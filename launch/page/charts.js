@@ -13,27 +13,30 @@ function utilisationChart(runs) {
   const format = formatter(all.flatMap((values) => values.slice(0, 3)));
   const rows = runs.map((run, i) => {
     const [mfu, causal, hfu, ceiling] = all[i];
+    // The model's part of what ran lies within what ran; MFU with all of attention may be beyond it.
     const mark = (x, y, height) => [
       hfu === null ? null : shape("rect", { x: x(0), y, width: x(hfu) - x(0), height, class: "pale" }, shape("title", {}, `HFU ${format(hfu)} %`)),
-      ...(mfu === null ? [] : block(x(0), y + 4, x(mfu) - x(0), height - 8, 0, `MFU ${format(mfu)} %`)),
-      causal === null ? null : shape("line", { x1: x(causal), x2: x(causal), y1: y, y2: y + height, class: "whisker" }),
+      causal === null ? null : block(x(0), y + 4, x(causal) - x(0), height - 8, 0, `MFU, causal: ${format(causal)} %`),
+      mfu === null ? null : shape("line", { x1: x(mfu), x2: x(mfu), y1: y, y2: y + height, class: "whisker" }, shape("title", {}, `MFU ${format(mfu)} %`)),
       ceiling === null ? null : shape("line", { x1: x(ceiling), x2: x(ceiling), y1: y - 3, y2: y + height + 3, class: "ceiling" }),
     ].filter(Boolean);
     const measured = [mfu, causal, hfu].some(isNumber);
     return { run, lines: [{ mark: measured ? mark : null, why: whyNoMfu(run), cells: [mfu, causal, hfu].map((v) => (v === null ? "–" : format(v))) }] };
   });
+  const above = all.filter(([mfu, , hfu]) => mfu !== null && hfu !== null && mfu > hfu).length;
+  const why = above ? ` MFU is above HFU in ${above === all.length ? "every row" : plural(above, "row")}: it counts the half of attention that the causal mask leaves out, and that half did not run.` : "";
   const line = (name) => () => shape("line", { x1: 11, x2: 11, y1: 0, y2: 12, class: name });
   return figure({
     id: "utilisation",
     title: "MFU and HFU",
-    about: "Share of the device's peak FLOP/s. MFU counts attention in full, causal the half that the mask leaves, HFU what was executed, recompute included. The ceiling is the fastest matmul measured on the device; on a CPU it is the peak, too.",
+    about: `Share of the device's peak FLOP/s. HFU: what was executed, recompute included; within it the model's part, MFU with attention as the causal mask leaves it. MFU counts attention in full.${why} The ceiling is the fastest matmul measured on the device; on a CPU it is the peak, too.`,
     missing: "Not measured in these runs: no record has FLOPs or a peak to divide by.",
-    key: [[0, "MFU"], [line("whisker"), "MFU, causal"], [() => shape("rect", { x: 0, y: 0, width: 22, height: 12, class: "pale" }), "HFU"], [line("ceiling"), "ceiling"]],
+    key: [[0, "MFU, causal"], [() => shape("rect", { x: 0, y: 0, width: 22, height: 12, class: "pale" }), "HFU"], [line("whisker"), "MFU"], [line("ceiling"), "ceiling"]],
     draw: known && ((width) => rowChart(width, { rows, columns: ["MFU", "causal", "HFU"], unit: "% of peak", most: largest(all.flat()), lineHeight: 22 })),
-    table: {
+    table: () => ({
       head: ["run", "MFU, % of peak", "MFU causal, %", "HFU, %", "ceiling, %", "model FLOPs per token", "executed FLOPs per token", "peak of a rank, FLOP/s", "measured ceiling, FLOP/s", "source of the peak"],
       rows: runs.map((run, i) => [run.name, ...all[i], run.flops.model_flops_per_token, run.flops.hardware_flops_per_token, run.flops.peak_flops, run.flops.matmul_ceiling_flops, run.flops.peak_source]),
-    },
+    }),
   });
 }
 
@@ -51,7 +54,7 @@ function speedChart(runs) {
       const middle = y + height / 2;
       const spread = low !== null && high !== null;
       return [
-        ...block(x(0), y + 2, x(value) - x(0), height - 4, 0, `${format(value)} tokens/s`),
+        block(x(0), y + 2, x(value) - x(0), height - 4, 0, `${format(value)} tokens/s`),
         ...(spread ? [shape("path", { d: `M${x(low)} ${middle}H${x(high)}M${x(low)} ${middle - 4}v8M${x(high)} ${middle - 4}v8`, class: "whisker" })] : []),
       ];
     };
@@ -63,10 +66,10 @@ function speedChart(runs) {
     about: "Tokens per second of the whole run: the median step after warm-up; the line spans the 10th to the 90th percentile of steps.",
     draw: values.some(([value]) => value !== null) &&
       ((width) => rowChart(width, { rows, columns: ["tokens/s"], unit: "tokens/s, all ranks", most: largest(values.flat()) })),
-    table: {
+    table: () => ({
       head: ["run", "tokens/s", "slow steps (p90), tokens/s", "fast steps (p10), tokens/s", "tokens/s per rank", "step median, s", "step p10, s", "step p90, s", "CPU, s per step", "steps timed"],
       rows: runs.map((run, i) => [run.name, ...values[i], run.tokens_per_s_per_rank, run.step_seconds.median, run.step_seconds.p10, run.step_seconds.p90, run.cpu_seconds_per_step, run.steps_timed]),
-    },
+    }),
   });
 }
 
@@ -96,7 +99,7 @@ function stackedBar({ segments, total }, x, y, height, size, format, what = "") 
     if (!value) continue;
     const [from, to] = [x(start / size), x((start + value) / size)];
     // Neighbours of one colour are told apart by a gap.
-    nodes.push(...block(from, y, Math.max(0.5, to - from - (to - from > 3 ? 0.7 : 0)), height, series, `${what}${name}: ${format(value / size)}`));
+    nodes.push(block(from, y, Math.max(0.5, to - from - (to - from > 3 ? 0.7 : 0)), height, series, `${what}${name}: ${format(value / size)}`));
     start += value;
   }
   if (total - start > 0.005 * total) { // of which nobody knows what it is
@@ -105,7 +108,7 @@ function stackedBar({ segments, total }, x, y, height, size, format, what = "") 
   return nodes;
 }
 
-const PREDICTED_MARK = [() => shape("g", {}, ...block(0, 4, 22, 4, 0)), "thin bar: predicted by a dry run"];
+const PREDICTED_MARK = [() => shape("g", {}, block(0, 4, 22, 4, 0)), "thin bar: predicted by a dry run"];
 
 /** Columns of a chart that may have predictions. */
 function predictedColumns(unit, anyMeasured, anyPredicted) {
@@ -178,7 +181,7 @@ function memoryChart(runs) {
       rows: stackedRows(runs, drawnOf, { size, format, columns }),
       columns, unit: `peak of one rank, ${unit}`, most: largest(peaks) / size, lineHeight: anyPredicted ? 20 : 16,
     })),
-    table: {
+    table: () => ({
       head: ["run", "figure", "rank", `peak, ${unit}`, ...MEMORY.map((name) => `${name}, ${unit}`), `the allocator's own peak, ${unit}`, "in step"],
       rows: runs.flatMap((run) => {
         const own = all.filter((each) => each.run === run);
@@ -189,7 +192,7 @@ function memoryChart(runs) {
           (kind === "measured" ? measuredOf(run) : predictedOf(run)).step,
         ]);
       }),
-    },
+    }),
   });
 }
 
@@ -198,12 +201,13 @@ function trafficChart(runs) {
   const all = runs.flatMap((run) => [measuredOf(run), predictedOf(run)].filter(Boolean));
   const present = unique(all.flat().map(({ mesh_dim }) => mesh_dim));
   const dims = unique([...MESH_DIMS, ...present]).filter((name) => present.includes(name));
+  const colourOf = (dim) => (MESH_DIMS.includes(dim) ? MESH_DIMS.indexOf(dim) : 5); // one for each, whatever is chosen
   const isUnknown = ({ bytes_per_rank }) => bytes_per_rank === null;
   const total = (rows) => sum(rows.map(({ bytes_per_rank }) => bytes_per_rank));
   const [unit, size] = byteUnit(all.map(total));
   const format = formatter(all.map((rows) => total(rows) / size));
   const stack = (rows) => rows && {
-    segments: dims.flatMap((dim, i) => rows.filter(({ mesh_dim }) => mesh_dim === dim).map((row) => [i, row.bytes_per_rank, `${dim} ${row.collective}`])),
+    segments: dims.flatMap((dim) => rows.filter(({ mesh_dim }) => mesh_dim === dim).map((row) => [colourOf(dim), row.bytes_per_rank, `${dim} ${row.collective}`])),
     total: total(rows),
     atLeast: rows.some(isUnknown),
   };
@@ -234,15 +238,15 @@ function trafficChart(runs) {
     id: "traffic",
     title: "Traffic",
     about: `Bytes that a rank sends in a step, by the mesh dimension along which they travel; of each kind of message, by the rank that sends most. ${agreement(pairs)}${all.flat().some(isUnknown) ? " ≥: some collective's bytes are not known." : ""}`,
-    key: [...dims.map((name, i) => [i, name]), ...(anyPredicted ? [PREDICTED_MARK] : [])],
+    key: [...dims.map((name) => [colourOf(name), name]), ...(anyPredicted ? [PREDICTED_MARK] : [])],
     draw: all.length > 0 && ((width) => rowChart(width, {
       rows: stackedRows(runs, (run) => [{ measured: stack(measuredOf(run)), predicted: stack(predictedOf(run)) }], { size, format, columns }),
       columns, unit: `${unit} per rank and step`, most: largest(all.map(total)) / size,
     })),
-    table: {
+    table: () => ({
       head: head.slice(0, shown),
       rows: runs.flatMap(tableRows).map((row) => head.slice(0, shown).map((_, i) => row[i] ?? null)),
-    },
+    }),
   });
 }
 
@@ -254,136 +258,89 @@ function stepChart(runs) {
     atLeast: names.some((name) => parts[name] === null),
   };
   const totals = runs.map((run) => stack(run)?.total ?? null);
+  const medians = runs.map((run) => run.step_seconds.median);
   const [unit, size] = timeUnit(totals);
   const format = formatter(totals.map((total) => total && total / size));
+  const apart = runs.filter((run, i) => totals[i] && medians[i] && !stack(run).atLeast && Math.abs(totals[i] / medians[i] - 1) > 0.02);
+  const why = apart.length ? ` In ${plural(apart.length, "row")} they add up to another time than the median of all steps, which the line marks: they are of one step, and the mean over ranks.` : "";
+  const rows = stackedRows(runs, (run) => [{ measured: stack(run) }], { size, format, columns: [unit] });
+  const median = (run) => (x, y, height) => [shape("line", { x1: x(run.step_seconds.median / size), x2: x(run.step_seconds.median / size), y1: y - 1, y2: y + height + 1, class: "whisker" }, shape("title", {}, `median step ${format(run.step_seconds.median / size)} ${unit}`))];
+  for (const { run, lines: [line] } of rows.filter(({ run }) => apart.includes(run))) {
+    const bar = line.mark;
+    line.mark = (...place) => [...bar(...place), ...median(run)(...place)];
+  }
   return figure({
     id: "step",
     title: "Step time in its parts",
-    about: "The step of median length, mean over ranks: compute, communication that nothing hides, waiting for a neighbour in the pipeline.",
+    about: `One step, that of median length, mean over ranks: compute, communication that nothing hides, waiting for a neighbour in the pipeline.${why}`,
     missing: "Not measured in these runs. On CUDA --profile measures it.",
-    key: names.map((name, i) => [i, STEP_PARTS[name]]),
+    key: [...names.map((name, i) => [i, STEP_PARTS[name]]), ...(apart.length ? [[() => shape("line", { x1: 11, x2: 11, y1: 0, y2: 12, class: "whisker" }), "median of all steps"]] : [])],
     draw: totals.some((total) => total !== null) &&
-      ((width) => rowChart(width, { rows: stackedRows(runs, (run) => [{ measured: stack(run) }], { size, format, columns: [unit] }), columns: [unit], unit: `${unit} per step`, most: largest(totals) / size })),
-    table: {
-      head: ["run", ...names.map((name) => `${STEP_PARTS[name]}, ${unit}`), `sum, ${unit}`],
-      rows: runs.map((run, i) => [run.name, ...[...names.map((name) => run.step_parts?.[name]), totals[i]].map((seconds) => (isNumber(seconds) ? seconds / size : null))]),
-    },
+      ((width) => rowChart(width, { rows, columns: [unit], unit: `${unit} per step`, most: largest([...totals, ...apart.map((run) => run.step_seconds.median)]) / size })),
+    table: () => ({
+      head: ["run", ...names.map((name) => `${STEP_PARTS[name]}, ${unit}`), `sum, ${unit}`, `median of all steps, ${unit}`],
+      rows: runs.map((run, i) => [run.name, ...[...names.map((name) => run.step_parts?.[name]), totals[i], medians[i]].map((seconds) => (isNumber(seconds) ? seconds / size : null))]),
+    }),
   });
 }
 
 function parityChart(runs) {
-  const values = runs.map((run) => run.parity.max_rel_grad_diff);
-  const [least, most] = [-17, 0]; // powers of ten
-  const scale = {
-    ticks: [-16, -13, -10, -7, -4, -1],
-    position: (power) => (power - least) / (most - least),
-    label: (power) => `1e${power}`,
-  };
-  const rows = runs.map((run) => {
-    const value = run.parity.max_rel_grad_diff;
-    const failed = run.parity.passed === false || value > PARITY_LIMIT;
-    const mark = (x, y, height) => {
-      const [at, middle] = [x(value ? Math.log10(value) : least), y + height / 2];
-      const tip = shape("title", {}, `${run.name}: ${scientific(value)}`);
-      return [failed
-        ? shape("path", { d: `M${at - 5} ${middle - 5}l10 10m0 -10l-10 10`, class: "s3", "stroke-width": 2.5 }, tip)
-        : shape("circle", { cx: at, cy: middle, r: 4.5, class: "f2" }, tip)];
-    };
-    return { run, lines: [{ mark: value === null ? null : mark, cells: [value === null ? "–" : scientific(value)] }] };
-  });
-  const limit = (x, top, bottom) => [shape("line", { x1: x(-10), x2: x(-10), y1: top, y2: bottom, class: "limit" })];
+  const judged = runs.filter(({ parity }) => parity.passed !== null);
+  const failed = judged.filter((run) => !isGood(run));
+  const byDifference = judged.filter(({ parity }) => isNumber(parity.max_rel_grad_diff)).sort((a, b) => b.parity.max_rel_grad_diff - a.parity.max_rel_grad_diff);
+  const worst = byDifference.find((run) => !failed.length || failed.includes(run)) ?? byDifference[0];
+  const badge = failed.length ? `✗ ${failed.length} of ${judged.length} FAILED` : `✓ ${judged.length === 1 ? "passed" : `all ${judged.length} passed`}`;
   return figure({
     id: "parity",
     title: "Parity with one process",
-    about: "Largest relative difference of any parameter's float64 gradient, ‖g − g_ref‖ / ‖g_ref‖, on a log scale. Left of the limit, 1e-10, is passed; an exact match is at the left end.",
-    key: [
-      [() => shape("circle", { cx: 11, cy: 6, r: 4.5, class: "f2" }), "passed"],
-      [() => shape("path", { d: "M6 1l10 10m0 -10l-10 10", class: "s3", "stroke-width": 2.5 }), "failed"],
-      [() => shape("line", { x1: 11, x2: 11, y1: 0, y2: 12, class: "limit" }), "limit"],
-    ],
-    draw: values.some((value) => value !== null) &&
-      ((width) => rowChart(width, { rows, columns: ["difference"], unit: "relative difference of gradients", scale, extra: limit })),
-    table: {
+    about: "Largest relative difference of any parameter's gradient of step 1 in float64, ‖g − g_ref‖ / ‖g_ref‖. Passed: at most 1e-10. Rounding gives 1e-15, a forgotten all-reduce 0.01 to 1.",
+    missing: "Not measured in these runs.",
+    body: judged.length > 0 && element("p", { class: "verdict" },
+      element("strong", { class: failed.length ? "badge failed" : "badge" }, badge),
+      worst ? ` worst: ${scientific(worst.parity.max_rel_grad_diff)}, ${labelOf(worst)}` : null,
+      judged.length < runs.length ? ` · ${runs.length - judged.length} not compared` : null),
+    table: () => ({
       head: ["run", "gradient difference", "loss difference", "parity", "reference", "precision"],
       rows: runs.map(({ name, parity }) => [name, parity.max_rel_grad_diff, parity.max_abs_loss_diff, { true: "passed", false: "FAILED", null: null }[parity.passed], parity.reference, parity.dtype]),
-    },
+    }),
+    wide: true,
   });
 }
 
+/** Rows that train one model on the same tokens are one line, and how far they are apart is said. */
 function lossChart(runs) {
-  const curves = runs.map((run, i) => ({ run, series: i, dash: DASHES[Math.floor(i / 6 + i) % 6], ...unfolded(run.steps) })).filter(({ step }) => step.length > 1);
-  const steps = unique(curves.flatMap(({ step }) => step)).sort((a, b) => a - b);
-  const tableSteps = steps.filter((_, i) => i % Math.ceil(steps.length / 100) === 0 || i === steps.length - 1);
+  const curves = runs.map((run) => ({ run, ...unfolded(run.steps) })).filter(({ step }) => step.length > 1);
   const lookup = curves.map(({ step, loss }) => new Map(step.map((number, i) => [number, loss[i]])));
-  const mark = (series, dash) => () => shape("path", { d: "M0 6H22", class: `curve s${series % 6}`, "stroke-dasharray": dash });
+  const training = ({ run: { recipe, shape } }) => JSON.stringify([recipe.model, recipe.data, recipe.train?.seed, recipe.train?.learning_rate, recipe.train?.dtype, shape]);
+  const families = [...Map.groupBy(curves.keys(), (i) => training(curves[i])).values()].map((members) => {
+    const steps = unique(members.flatMap((i) => curves[i].step)).sort((a, b) => a - b);
+    const losses = steps.map((step) => numbers(members.map((i) => lookup[i].get(step))));
+    return { members, steps, mean: losses.map((each) => sum(each) / each.length), apart: losses.map((each) => most(each) - least(each)) };
+  });
+  const nameOf = ({ members }) => (members.length === 1 ? curves[members[0]].run.name : `${members.length} rows, the mean: ${few(unique(members.map((i) => curves[i].run.name)), "names")}`);
+  const told = families.filter(({ members }) => members.length > 1).map(({ members, steps, apart }) => {
+    const worst = most(apart);
+    const rows = families.length === 1 ? `All ${members.length} rows` : `${members.length} rows`;
+    return `${rows} train one model on the same tokens, and are one line: their losses ${worst ? `differ by at most ${scientific(worst)}, at step ${steps[apart.indexOf(worst)]}` : "are equal to the last digit"}.`;
+  });
+  const allSteps = unique(families.flatMap(({ steps }) => steps)).sort((a, b) => a - b);
+  const tableSteps = allSteps.filter((_, i) => i % Math.ceil(allSteps.length / 100) === 0 || i === allSteps.length - 1);
+  const drawn = families.slice(0, 2 * MOST_LINES);
+  const mark = (i) => () => shape("path", { d: "M0 6H22", class: `curve s${i % 6}`, "stroke-dasharray": DASHES[Math.floor(i / 6 + i) % 6] });
   return figure({
     id: "loss",
     title: "Loss",
-    about: `Training loss of each step. ${sameCurves(curves, lookup)}`,
-    key: curves.map(({ run, series, dash }) => [mark(series, dash), run.name]),
+    about: `Training loss of each step. ${told.slice(0, 3).join(" ")}${drawn.length < families.length ? ` The first ${drawn.length} of ${families.length} are drawn.` : ""}`,
+    key: drawn.map((family, i) => [mark(i), nameOf(family)]),
     draw: curves.length > 0 && ((width) => lineChart(width, {
-      curves: curves.map(({ step, loss, series, dash, run }) => ({ x: step, y: loss, series, dash, title: run.name })),
+      curves: drawn.map((family, i) => ({ x: family.steps, y: family.mean, series: i, dash: DASHES[Math.floor(i / 6 + i) % 6], title: nameOf(family) })),
       xUnit: "step", yUnit: "loss, nats per token",
     })),
-    table: { head: ["step", ...curves.map(({ run }) => run.name)], rows: tableSteps.map((step) => [step, ...lookup.map((losses) => losses.get(step) ?? null)]) },
+    table: () => ({
+      head: ["step", ...(families.length === 1 ? ["largest difference"] : []), ...curves.map(({ run }) => run.name)],
+      rows: tableSteps.map((step) => [step, ...(families.length === 1 ? [families[0].apart[families[0].steps.indexOf(step)]] : []), ...lookup.map((losses) => losses.get(step) ?? null)]),
+    }),
   });
-}
-
-/** Curves of one model, data, seed and batch should be one curve; how far apart are they? */
-function sameCurves(curves, lookup) {
-  const key = ({ run }) => JSON.stringify([run.recipe.model, run.recipe.data, run.recipe.train?.seed, run.recipe.train?.learning_rate, run.recipe.train?.dtype, run.shape]);
-  if (curves.length < 2 || new Set(curves.map(key)).size > 1) return "";
-  let worst = { difference: -1, step: 0 };
-  for (const step of lookup[0].keys()) {
-    const losses = numbers(lookup.map((map) => map.get(step)));
-    const difference = Math.max(...losses) - Math.min(...losses);
-    if (difference > worst.difference) worst = { difference, step };
-  }
-  const apart = worst.difference ? `differ by at most ${scientific(worst.difference)}, at step ${worst.step}` : "are equal to the last digit";
-  return `All ${curves.length} train one model on the same tokens: they ${apart}.`;
-}
-
-/** Curves over a shared x. curves: {x, y, series, dash, title, points: marks instead of a line}. */
-function lineChart(width, { curves, xUnit, yUnit, xLabel, fromZero }) {
-  const height = Math.round(Math.min(340, Math.max(220, width * 0.4)));
-  const [left, right, top, bottom] = [52, width - 12, 12, height - 42];
-  const xs = curves.flatMap((curve) => curve.x);
-  const ys = curves.flatMap((curve) => curve.y);
-  const [x0, x1] = [Math.min(...xs), Math.max(...xs)];
-  const yTicks = niceTicks(fromZero ? 0 : Math.min(...ys), Math.max(...ys));
-  const xTicks = xLabel ? [x0, (x0 + x1) / 2, x1] : niceTicks(x0, x1).filter((tick) => tick >= x0 && tick <= x1 && Number.isInteger(tick));
-  const x = (value) => left + ((value - x0) / (x1 - x0 || 1)) * (right - left);
-  const y = (value) => bottom - ((value - yTicks[0]) / (yTicks.at(-1) - yTicks[0] || 1)) * (bottom - top);
-  const drawing = shape("svg", { width, height, viewBox: `0 0 ${width} ${height}` });
-  for (const tick of yTicks) {
-    drawing.append(shape("line", { x1: left, x2: right, y1: y(tick), y2: y(tick), class: "gridline" }));
-    drawing.append(shape("text", { x: left - 8, y: y(tick) + 4, class: "soft end" }, axisFormat.format(tick)));
-  }
-  xTicks.forEach((tick, i) => {
-    const anchor = xLabel ? ["start", "middle", "end"][i] : "middle";
-    drawing.append(shape("text", { x: x(tick), y: bottom + 17, class: "soft", "text-anchor": anchor }, xLabel ? xLabel(tick) : axisFormat.format(tick)));
-  });
-  drawing.append(shape("text", { x: (left + right) / 2, y: height - 6, class: "soft middle" }, xUnit));
-  drawing.append(shape("text", { x: 12, y: (top + bottom) / 2, class: "soft middle", transform: `rotate(-90 12 ${(top + bottom) / 2})` }, yUnit));
-  for (const { x: at, y: values, series, dash, title, tips } of curves) {
-    const path = at.map((value, i) => `${i ? "L" : "M"}${x(value).toFixed(1)} ${y(values[i]).toFixed(1)}`).join("");
-    drawing.append(shape("path", { d: path, class: `curve s${series % 6}`, "stroke-dasharray": dash }, shape("title", {}, title)));
-    if (tips) at.forEach((value, i) => drawing.append(pointMark(x(value), y(values[i]), series, tips[i])));
-  }
-  return drawing;
-}
-
-/** A point whose form tells its series. */
-function pointMark(x, y, series, tip) {
-  const forms = ["M-4 -4H4V4H-4Z", "M0 -5.5L5 4H-5Z", "M0 -6L5 0L0 6L-5 0Z", "M0 5.5L5 -4H-5Z", "M-5 -1.6H-1.6V-5H1.6V-1.6H5V1.6H1.6V5H-1.6V1.6H-5Z", "M-5 -2L0 -5L5 -2L3 4H-3Z"];
-  return shape("path", { d: forms[series % 6], transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})`, class: `hollow s${series % 6}` }, shape("title", {}, tip));
-}
-
-function niceTicks(low, high) {
-  const step = ticksTo(high - low || Math.abs(high) || 1, 5)[1];
-  const first = Math.floor(low / step + 1e-9);
-  const last = Math.max(first + 1, Math.ceil(high / step - 1e-9));
-  return Array.from({ length: last - first + 1 }, (_, i) => Number(((first + i) * step).toPrecision(12)));
 }
 
 function bubbleChart(runs) {
@@ -393,7 +350,7 @@ function bubbleChart(runs) {
   const rows = piped.map((run, i) => {
     const [measured, ideal] = values[i];
     const mark = (x, y, height) => [
-      ...(measured === null ? [] : block(x(0), y + 2, x(measured) - x(0), height - 4, 0, `measured ${format(measured)} %`)),
+      ...(measured === null ? [] : [block(x(0), y + 2, x(measured) - x(0), height - 4, 0, `measured ${format(measured)} %`)]),
       ...(ideal === null ? [] : ["halo", "ceiling"].map((name) => shape("line", { x1: x(ideal), x2: x(ideal), y1: y - 2, y2: y + height + 2, class: name }))),
     ];
     return { run, lines: [{ mark, cells: values[i].map((value) => (value === null ? "–" : format(value))) }] };
@@ -405,7 +362,7 @@ function bubbleChart(runs) {
     missing: "Not measured: none of these runs has a pipeline whose bubble was timed.",
     key: [[0, "measured"], [() => shape("line", { x1: 11, x2: 11, y1: 0, y2: 12, class: "ceiling" }), "ideal of the schedule"]],
     draw: piped.length > 0 && ((width) => rowChart(width, { rows, columns: ["measured", "ideal"], unit: "% of that time", most: largest(values.flat()) })),
-    table: { head: ["run", "measured, %", "ideal, %"], rows: piped.map((run, i) => [run.name, ...values[i]]) },
+    table: () => ({ head: ["run", "measured, %", "ideal, %"], rows: piped.map((run, i) => [run.name, ...values[i]]) }),
   });
 }
 
@@ -454,12 +411,12 @@ function timelineChart(runs) {
     missing: "Not measured: none of these runs has a timeline of its pipeline.",
     key: [...kinds.values()].map(([letter, label, series]) => [() => shape("rect", { x: 0, y: 1, width: 22, height: 10, class: `f${series}` }), letter ? `${letter}: ${label}` : label]),
     draw: piped.length > 0 && draw,
-    table: {
+    table: () => ({
       head: ["run", "rank", "stage", "microbatch", "action", "start, ms", "end, ms"],
       rows: piped.flatMap(({ name, timeline }) => timeline.actions.slice(0, MOST_ACTIONS).map(([rank, stage, microbatch, kind, start, end]) =>
         [name, rank, stage, microbatch, actionOf(timeline.kinds[kind])[1], start * 1e3, end * 1e3])),
       note: tooMany ? `The first ${MOST_ACTIONS} actions of each run.` : null,
-    },
+    }),
     wide: true,
   });
 }
@@ -530,23 +487,4 @@ function blockLabels(blocks, attributes) {
     }
   }
   return shape("text", { x: at.join(" "), ...attributes }, glyphs.join(""));
-}
-
-function drawCharts() {
-  const chosen = chosenRuns();
-  const runs = chosen.slice(0, MOST_DRAWN);
-  $("#drawn").textContent = chosen.length > runs.length
-    ? `${chosen.length} runs chosen; the first ${runs.length} are drawn`
-    : `${runs.length} ${runs.length === 1 ? "run" : "runs"} chosen in the table above`;
-  const charts = runs.length
-    ? [utilisationChart, speedChart, memoryChart, trafficChart, stepChart, parityChart, lossChart, bubbleChart, timelineChart].map((chart) => chart(runs))
-    : [element("p", { class: "note" }, "Choose runs in the table to compare them here.")];
-  const empty = (chart) => chart.localName === "figure" && !chart.redraw;
-  const drawn = charts.filter((chart) => !empty(chart));
-  const halves = drawn.filter((chart) => !chart.classList.contains("wide"));
-  if (halves.length % 2) halves.at(-1).classList.add("wide"); // no gap beside the last
-  $("#charts .grid").replaceChildren(...drawn);
-  $("#charts .unmeasured").replaceChildren(...charts.filter(empty));
-  for (const chart of drawn) chart.redraw?.();
-  drawDetails(runs);
 }

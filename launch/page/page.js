@@ -1,18 +1,22 @@
 // ---- the table -----------------------------------------------------------------------------------------------------
 
-const PEAKS = numbers(RUNS.map((run) => run.memory?.largest.peak_bytes));
+const PEAKS = numbers(RUNS.map(peakOf));
 const BYTES = PEAKS.length ? byteUnit(PEAKS) : ["MiB", 2 ** 20];
-const COLUMNS = [
+const COLUMNS = [ // better: which end of a column is the good one, if one is
   { key: "name", head: "name", text: (run) => run.name },
-  { key: "status", head: "status", text: (run) => (run.kind === "dry-run" ? `${run.status}, dry run` : run.status) },
+  { key: "status", head: "status", text: (run) => (isMeasured(run) ? run.status : `${run.status}, dry run`) },
   { key: "layout", head: "layout", text: (run) => run.layout },
-  { key: "mfu", head: "MFU\n%", number: (run) => percent(run.flops.mfu) },
-  { key: "mfu_causal", head: "causal\n%", number: (run) => percent(run.flops.mfu_causal) },
-  { key: "hfu", head: "HFU\n%", number: (run) => percent(run.flops.hfu) },
-  { key: "tokens_per_s", head: "speed\ntokens/s", number: (run) => run.tokens_per_s },
-  { key: "step_seconds", head: "step\ns", number: (run) => run.step_seconds.median },
-  { key: "cpu_seconds_per_step", head: "CPU\ns/step", number: (run) => run.cpu_seconds_per_step },
-  { key: "peak_bytes", head: `peak\n${BYTES[0]}`, number: (run) => run.memory && run.memory.largest.peak_bytes / BYTES[1] },
+  { key: "cluster", head: "cluster", text: (run) => run.cluster, flat: true },
+  { key: "devices", head: "devices", number: (run) => run.world_size, format: String, flat: true },
+  { key: "shape", head: "model and batch", text: (run) => run.shape, flat: true },
+  { key: "day", head: "day", text: (run) => day(run.environment.time_utc)?.slice(0, 10) ?? null, flat: true },
+  { key: "mfu", head: "MFU\n%", number: (run) => percent(run.flops.mfu), better: "high" },
+  { key: "mfu_causal", head: "causal\n%", number: (run) => percent(run.flops.mfu_causal), better: "high" },
+  { key: "hfu", head: "HFU\n%", number: (run) => percent(run.flops.hfu), better: "high" },
+  { key: "tokens_per_s", head: "speed\ntokens/s", number: (run) => run.tokens_per_s, better: "high" },
+  { key: "step_seconds", head: "step\ns", number: (run) => run.step_seconds.median, better: "low" },
+  { key: "cpu_seconds_per_step", head: "CPU\ns/step", number: (run) => run.cpu_seconds_per_step, better: "low" },
+  { key: "peak_bytes", head: `peak\n${BYTES[0]}`, number: (run) => run.memory && peakOf(run) / BYTES[1], better: "low" },
   { key: "loss", head: "last\nloss", number: (run) => run.loss, format: (loss) => loss.toFixed(4) },
   { key: "grad_diff", head: "gradient\ndifference", number: (run) => run.parity.max_rel_grad_diff, format: scientific },
   { key: "passed", head: "parity", text: (run) => ({ true: "passed", false: "FAILED", null: null })[run.parity.passed] },
@@ -32,40 +36,44 @@ function sorted(runs) {
   });
 }
 
-function shownRuns() {
-  const words = state.query.toLowerCase().split(/\s+/).filter(Boolean);
-  const matches = (run) => {
-    const text = [run.name, run.id, run.layout, run.status, run.kind, run.hardware, run.shape, run.reason].join(" ").toLowerCase();
-    return words.every((word) => text.includes(word));
-  };
-  return sorted(RUNS).filter(
-    (run) =>
-      (!state.status || run.status === state.status) &&
-      (!state.comparison || run.comparison === state.comparison) &&
-      matches(run),
-  );
+/** A cell's text; null where nothing was measured. */
+function inCell({ number, text, format }, run) {
+  const value = (number ?? text)(run);
+  return isNumber(value) ? format(value) : value;
 }
 
-function chosenRuns() {
-  const chosen = sorted(RUNS).filter((run) => state.chosen.has(run.id));
-  return chosen.sort((a, b) => a.group - b.group); // stable: the order within a group stays
+/** Columns that tell rows apart, and those that do not, with what they say of all. The sorted one always stays. */
+function splitColumns(runs) {
+  const [name, ...others] = COLUMNS;
+  const grouped = !state.sort && DATA.groups.length > 1; // the head of a group says what is flat
+  const same = [];
+  const telling = others.filter((column) => {
+    const text = runs.length ? inCell(column, runs[0]) : undefined;
+    const tells = runs.some((run) => inCell(column, run) !== text); // most columns do so within a few rows
+    if (runs.length < 2 ? !column.flat : tells || column.key === state.sort) return !(column.flat && grouped && column.key !== "devices");
+    if (!column.flat && text !== undefined) same.push([column.head.replace("\n", " "), text]);
+    return false;
+  });
+  return [[name, ...telling], same];
 }
 
-function drawHead() {
-  const cells = COLUMNS.map((column) => {
+function tableHead(columns) {
+  const cells = columns.map((column) => {
     const press = () => {
       // Numbers that are better when large start with the largest; a third press restores the order of the recipe.
-      const first = Boolean(column.number) && !["step_seconds", "cpu_seconds_per_step", "peak_bytes", "loss", "grad_diff"].includes(column.key);
+      const first = column.better === "high";
       if (state.sort !== column.key) Object.assign(state, { sort: column.key, descending: first });
       else if (state.descending === first) state.descending = !first;
       else state.sort = null;
-      update();
+      update(["table", "charts"]);
+      $(`#runs th[data-key=${column.key}] button`)?.focus();
     };
-    return element("th", { scope: "col", class: column.text ? "text" : null, "data-key": column.key },
+    const order = column.key === state.sort ? (state.descending ? "descending" : "ascending") : null;
+    return element("th", { scope: "col", class: column.text ? "text" : null, "data-key": column.key, "aria-sort": order },
       element("button", { type: "button", onclick: press }, column.head));
   });
   const box = element("th", { scope: "col", class: "box" }, element("span", { class: "hidden" }, "compare"));
-  $("#runs").append(element("thead", {}, element("tr", {}, box, ...cells)));
+  return element("thead", {}, element("tr", {}, box, ...cells));
 }
 
 function cell(value, format) {
@@ -76,16 +84,49 @@ function cell(value, format) {
   return element("td", { class: "text" }, value);
 }
 
-function tableRow(run) {
+/** As "+12 %": a number beside that of the row that all are held against. */
+function against(column, run) {
+  const other = BY_KEY.get(state.against);
+  if (!other || !column.better) return null;
+  const [value, base] = [column.number(run), column.number(other)];
+  if (!isNumber(value) || !base) return null;
+  const change = (value / base - 1) * 100;
+  const text = run === other ? "=" : `${change < 0 ? "−" : "+"}${Math.abs(change) < 10 ? Math.abs(change).toFixed(1) : Math.abs(change).toFixed(0)} %`;
+  return element("small", {}, text);
+}
+
+const isBelieved = (run) => isGood(run) && (PLANS || isMeasured(run));
+
+/** The best values of each column with a better end, among rows that can be believed. */
+function bestOf(columns, runs) {
+  const good = runs.filter(isBelieved);
+  return new Map(columns.filter(({ better }) => better).map((column) => {
+    const values = numbers(good.map(column.number));
+    const distinct = new Set(values.map(column.format)).size > 1;
+    return [column.key, distinct ? column.format(column.better === "high" ? most(values) : least(values)) : null];
+  }));
+}
+
+function tableRow(run, columns, best) {
   const choose = (event) => {
-    if (event.target.checked) state.chosen.add(run.id);
-    else state.chosen.delete(run.id);
-    update(false);
+    state.chosen = new Set(view.keys);
+    if (event.target.checked) state.chosen.add(run.key);
+    else state.chosen.delete(run.key);
+    update(["charts"]);
   };
   const box = element("input", { type: "checkbox", "aria-label": `Compare ${run.name}`, onchange: choose });
-  box.checked = state.chosen.has(run.id);
-  const cells = COLUMNS.slice(1).map((column) => {
-    if (column.number) return cell(column.number(run), column.format);
+  box.checked = view.keys.has(run.key);
+  const cells = columns.slice(1).map((column) => {
+    if (column.number) {
+      const made = cell(column.number(run), column.format);
+      const small = against(column, run);
+      if (small) made.append(small);
+      if (isBelieved(run) && inCell(column, run) !== null && inCell(column, run) === best.get(column.key)) {
+        made.classList.add("best");
+        made.append(element("span", { class: "hidden" }, ", best"));
+      }
+      return made;
+    }
     const made = cell(column.text(run));
     made.classList.add("text");
     if ((column.key === "status" && run.status !== "ok") || (column.key === "passed" && run.parity.passed === false)) {
@@ -94,45 +135,51 @@ function tableRow(run) {
     }
     return made;
   });
+  return element("tr", { "data-id": run.id, class: run.key === state.details ? "open" : null }, element("td", { class: "box" }, box), element("th", { scope: "row" }, linkTo(run)), ...cells);
+}
+
+/** A link that opens a run beside the page. */
+function linkTo(run, text = run.name) {
   const open = (event) => {
+    if (event.ctrlKey || event.metaKey || event.shiftKey) return; // a tab of its own
     event.preventDefault();
-    showDetails(run);
+    openDetails(run.key);
   };
-  const name = element("th", { scope: "row" }, element("a", { href: "#details", onclick: open }, run.name));
-  return element("tr", { "data-id": run.id }, element("td", { class: "box" }, box), name, ...cells);
+  return element("a", { href: `#details=${run.key}`, onclick: open, "data-key": run.key }, text);
 }
 
 function drawTable() {
-  const shown = shownRuns();
+  const { shown } = view;
+  const [columns, same] = splitColumns(shown);
+  const best = bestOf(columns, shown);
   const visible = state.all ? shown : shown.slice(0, MOST_ROWS);
   const bodies = [];
-  for (const group of unique(visible.map((run) => run.group)).sort((a, b) => a - b)) {
-    const body = element("tbody");
-    if (DATA.groups.length > 1) {
+  const row = (run) => tableRow(run, columns, best);
+  if (state.sort || DATA.groups.length === 1) bodies.push(element("tbody", {}, ...visible.map(row)));
+  else {
+    for (const [group, runs] of [...Map.groupBy(visible, (run) => run.group)].sort(([a], [b]) => a - b)) {
       const { comparison, hardware } = DATA.groups[group];
-      const title = element("th", { colspan: COLUMNS.length + 1, scope: "rowgroup" }, element("strong", {}, comparison || DATA.title), ` on ${hardware}`);
-      body.append(element("tr", { class: "group" }, title));
+      const title = element("th", { colspan: columns.length + 1, scope: "rowgroup" }, element("strong", {}, comparison || DATA.title), ` on ${hardware}`);
+      bodies.push(element("tbody", {}, element("tr", { class: "group" }, title), ...runs.map(row)));
     }
-    body.append(...visible.filter((run) => run.group === group).map(tableRow));
-    bodies.push(body);
   }
   const table = $("#runs");
-  for (const body of table.querySelectorAll("tbody")) body.remove();
-  table.append(...bodies);
-  for (const head of table.querySelectorAll("th[data-key]")) {
-    if (head.dataset.key === state.sort) head.setAttribute("aria-sort", state.descending ? "descending" : "ascending");
-    else head.removeAttribute("aria-sort");
-  }
+  table.replaceChildren($("caption", table), tableHead(columns), ...bodies);
+  const unmeasured = same.filter(([, text]) => text === null).map(([head]) => head);
+  const alike = same.filter(([, text]) => text !== null).map(([head, text]) => `${head} ${text}`);
+  $("#same").textContent = [
+    alike.length ? `The same in all rows: ${alike.join("; ")}.` : "",
+    unmeasured.length && !PLANS ? `Not measured in any: ${unmeasured.join("; ")}.` : "",
+  ].join(" ");
   $("#more").hidden = visible.length === shown.length;
   $("#more").textContent = `Show all ${shown.length} rows`;
-  $("#count").textContent = shown.length === RUNS.length ? `${RUNS.length} in all` : `${shown.length} of ${RUNS.length} shown`;
-  $("#query").value = state.query;
-  $("#status").value = state.status;
-  $("#comparison").value = state.comparison;
+  const names = new Map();
+  for (const { name } of shown) names.set(name, (names.get(name) ?? 0) + 1);
+  fillSelect($("#against"), "none", shown.filter(isGood).slice(0, MOST_ROWS).map((run) => [run.key, names.get(run.name) > 1 ? run.id : run.name]), state.against);
 }
 
 function drawUnfinished() {
-  const unfinished = shownRuns().filter((run) => run.status !== "ok" || run.parity.passed === false).slice(0, MOST_ROWS);
+  const unfinished = view.shown.filter((run) => run.status !== "ok" || run.parity.passed === false).slice(0, MOST_ROWS);
   $("#unfinished").hidden = !unfinished.length;
   $("#unfinished ul").replaceChildren(
     ...unfinished.map((run) => {
@@ -143,50 +190,44 @@ function drawUnfinished() {
   );
 }
 
-// ---- over time -----------------------------------------------------------------------------------------------------
-
-/** Strategies measured more than once, those with most points first. */
-const HISTORY = (() => {
-  const byName = new Map();
-  for (const run of RUNS) {
-    const time = Date.parse(run.environment.time_utc);
-    if (run.status !== "ok" || run.kind !== "measured" || Number.isNaN(time) || run.tokens_per_s === null) continue;
-    byName.set(run.name, [...(byName.get(run.name) ?? []), { run, time }]);
+function drawCharts() {
+  const runs = view.chosen.slice(0, MOST_DRAWN);
+  $("#drawn").textContent = view.chosen.length > runs.length
+    ? `${view.chosen.length} runs chosen; the first ${runs.length} are drawn`
+    : `${runs.length} ${runs.length === 1 ? "run" : "runs"} chosen in the table above`;
+  if (!runs.length) {
+    $("#charts .grid").replaceChildren(element("p", { class: "note" }, "Choose runs in the table to compare them here."));
+    $("#charts .unmeasured").replaceChildren();
+    return;
   }
-  const several = [...byName].filter(([, points]) => new Set(points.map(({ time }) => time)).size > 1);
-  return new Map(several.sort((a, b) => b[1].length - a[1].length));
-})();
+  const charts = [parityChart, utilisationChart, speedChart, memoryChart, trafficChart, stepChart, lossChart, bubbleChart, timelineChart];
+  const plans = [memoryChart, trafficChart, bubbleChart]; // nothing else is known of what was not run
+  place((runs.some(isMeasured) ? charts : plans).map((chart) => chart(runs)), $("#charts .grid"), $("#charts .unmeasured"));
+}
 
-function drawHistory() {
-  if (!HISTORY.size) return;
-  const name = HISTORY.has(state.strategy) ? state.strategy : [...HISTORY.keys()][0];
-  $("#history").hidden = false;
-  $("#strategy").value = name;
-  const points = [...HISTORY.get(name)].sort((a, b) => a.time - b.time);
-  const byMfu = points.some(({ run }) => run.flops.mfu !== null);
-  const value = byMfu ? ({ run }) => percent(run.flops.mfu) : ({ run }) => run.tokens_per_s;
-  const unit = byMfu ? "MFU, % of peak" : "tokens/s";
-  const known = points.filter((point) => value(point) !== null);
-  // Only runs of one model and batch on one kind of machine are joined by a line.
-  const series = unique(known.map(({ run }) => `${run.hardware}: ${run.shape}`));
-  const curves = series.map((label, i) => {
-    const own = known.filter(({ run }) => `${run.hardware}: ${run.shape}` === label);
-    return { x: own.map(({ time }) => time), y: own.map(value), series: i, dash: DASHES[i % 6], title: label, tips: own.map(({ run }) => `${day(run.environment.time_utc)}, ${commitOf(run) ?? "no commit"}`) };
-  });
-  const chart = figure({
-    id: "history",
-    title: `${name} over time and commits`,
-    about: byMfu ? "MFU of every run of this name. A line joins runs of one model and batch on one kind of machine." : "Tokens per second of every run of this name (MFU was not measured). A line joins runs of one model and batch on one kind of machine.",
-    key: series.map((label, i) => [() => pointMark(11, 6, i, ""), label]),
-    draw: known.length > 0 && ((width) => lineChart(width, { curves, xUnit: "time of the run, UTC", yUnit: unit, xLabel: (time) => new Date(time).toISOString().slice(0, 10), fromZero: true })),
-    table: {
-      head: ["time, UTC", "commit", unit, "run", "hardware", "model and batch"],
-      rows: points.map((point) => [day(point.run.environment.time_utc), commitOf(point.run), value(point), point.run.id, point.run.hardware, point.run.shape]),
-    },
-    wide: true,
-  });
-  $("#history .grid").replaceChildren(chart);
-  chart.redraw?.();
+// ---- the rows, saved -----------------------------------------------------------------------------------------------
+
+/** What the table shows, and how each run is found again: plain numbers, null where nothing was measured. */
+function savedRows() {
+  const about = (run) => ({ run: run.id, time_utc: run.environment.time_utc, commit: run.environment.git_commit, job_id: run.labels.job_id, tags: run.labels.tags, note: run.labels.note });
+  const values = (run) => COLUMNS.map(({ key, number, text }) => [key, key === "peak_bytes" ? peakOf(run) : (number ?? text)(run)]);
+  return view.shown.map((run) => ({ ...about(run), ...Object.fromEntries(values(run)) }));
+}
+
+function csv(rows) {
+  const field = (value) => {
+    if (value === null || value === undefined) return "";
+    if (isNumber(value)) return String(value);
+    const text = String(value);
+    return `"${(/^[=+\-@\t\r]/.test(text) ? `'${text}` : text).replaceAll('"', '""')}"`; // which a spreadsheet would compute
+  };
+  return [Object.keys(rows[0] ?? {}), ...rows.map(Object.values)].map((line) => line.map(field).join(",")).join("\r\n");
+}
+
+function save(name, type, text) {
+  const url = URL.createObjectURL(new Blob([text], { type }));
+  element("a", { href: url, download: name }).click();
+  URL.revokeObjectURL(url);
 }
 
 // ---- how each run was made -----------------------------------------------------------------------------------------
@@ -209,17 +250,6 @@ function commands(run) {
   const lines = [`lab run ${file}`];
   if (run.layout) lines.push(`torchrun --standalone --nproc-per-node ${ranks} -m launch.train ${file}`);
   return lines.join("\n");
-}
-
-function drawDetails(runs) {
-  $("#details .list").replaceChildren(
-    ...runs.map((run) => {
-      const details = element("details", { "data-id": run.id }, element("summary", {}, run.name, element("span", {}, [run.layout, run.hardware, day(run.environment.time_utc)].filter(Boolean).join(" · "))));
-      details.fill = () => details.childElementCount === 1 && details.append(detailsOf(run)); // not before it is asked for
-      details.addEventListener("toggle", details.fill);
-      return details;
-    }),
-  );
 }
 
 /** As "17 steps timed; left out: 3 warm-up, 1 profile". */
@@ -251,89 +281,119 @@ function detailsOf(run) {
     ["NumPy", environment.numpy], ["parallel-lab", environment.parallel_lab], ["commit", environment.git_commit],
     ["platform", environment.platform], ["CPU of the host", environment.cpu], ["cores of the host", environment.cores],
     ["accelerators", Array.isArray(environment.accelerators) ? environment.accelerators.join(", ") || "none" : null],
+    ["cluster", environment.cluster ?? undefined], ["job", run.labels.job_id ?? undefined],
+    ["tags", run.labels.tags?.join?.(", ")], ["note", run.labels.note ?? undefined],
     ["data", environment.data], ["time, UTC", day(environment.time_utc)], ["definition of MFU", flops.definition], ["source of the peak", flops.peak_source],
   ];
   const rows = facts.filter(([, value]) => value !== undefined).map(([label, value]) => element("tr", {}, element("th", { scope: "row" }, label), value === null ? cell(null) : element("td", {}, String(value))));
   const block_ = (title, text) => [element("h3", {}, title), element("pre", { tabindex: "0", role: "region", "aria-label": `${title} of ${run.name}` }, text)];
-  return element("div", { class: "columns" },
-    element("div", {},
-      ...block_("Command", commands(run)),
-      element("p", { class: "note" }, "with the recipe below in that file; its defaults are written out."),
-      ...block_("Recipe", toml(run.recipe))),
-    element("div", {}, element("h3", {}, "Versions and hardware"), element("table", {}, element("caption", { class: "hidden" }, `Versions and hardware of ${run.name}`), element("tbody", {}, ...rows))));
+  return element("div", {},
+    element("table", {}, element("caption", { class: "hidden" }, `Versions and hardware of ${run.name}`), element("tbody", {}, ...rows)),
+    ...block_("Command", commands(run)),
+    element("p", { class: "note" }, "with the recipe below in that file; its defaults are written out."),
+    ...block_("Recipe", toml(run.recipe)));
 }
 
-/** From a name in the table to its recipe. */
-function showDetails(run) {
-  const find = () => [...document.querySelectorAll("#details details")].find((details) => details.dataset.id === run.id);
-  if (!find()) {
-    drawDetails([run, ...chosenRuns().slice(0, MOST_DRAWN)]);
+/** Opens a run beside the page, at an address of its own, so that Back closes it. */
+function openDetails(key) {
+  const from = document.activeElement?.dataset?.key ?? state.details;
+  state.details = key;
+  history.pushState(null, "", address());
+  drawDetails();
+  if (key) $("#details-title").focus();
+  else document.querySelector(`#runs a[data-key="${CSS.escape(from)}"]`)?.focus();
+}
+
+function drawDetails() {
+  const run = BY_KEY.get(state.details);
+  document.body.classList.toggle("beside", Boolean(run));
+  $("#details").hidden = !run;
+  for (const row of document.querySelectorAll("#runs tr[data-id]")) row.classList.toggle("open", row.dataset.id === run?.id);
+  if (!run || $("#details").dataset.id === run.id) return;
+  $("#details").dataset.id = run.id;
+  $("#details-title").textContent = run.name;
+  $("#details .content").replaceChildren(
+    element("p", { class: "note" }, [run.layout, run.cluster, day(run.environment.time_utc), run.id].filter(Boolean).join(" · ")),
+    detailsOf(run));
+  $("#details").scrollTop = 0;
+}
+
+// ---- controls, start -----------------------------------------------------------------------------------------------
+
+/** values: texts, or [value, text]. */
+function fillSelect(select, everything, values, chosen = "") {
+  const options = values.map((each) => [each].flat()).map(([value, text = value]) => element("option", { value }, text));
+  select.replaceChildren(element("option", { value: "" }, everything), ...options);
+  select.value = chosen;
+}
+
+function startFilters() {
+  const filter = (key) => (event) => {
+    state[key] = event.target.value;
+    state.all = false;
+    update();
+  };
+  const form = $("#filters");
+  form.addEventListener("submit", (event) => event.preventDefault());
+  form.append(element("label", {}, "Find ", element("input", { type: "search", id: "query", placeholder: "name, layout, tag …", autocomplete: "off", oninput: filter("query") })));
+  const names = { cluster: "Cluster", devices: "Devices", model: "Model", strategy: "Strategy", status: "Status", comparison: "Comparison" };
+  for (const [facet, name] of Object.entries(names)) {
+    const values = valuesOf(facet);
+    if (values.length < 2) continue;
+    const select = element("select", { id: facet, onchange: filter(facet) });
+    fillSelect(select, "all", values);
+    form.append(element("label", {}, `${name} `, select));
   }
-  const details = find();
-  details.fill();
-  details.open = true;
-  $("summary", details).focus();
-  details.scrollIntoView({ block: "start" });
+  if (new Set(DAYS).size > 1) {
+    for (const [key, name] of [["since", "From"], ["until", "to"]]) form.append(element("label", {}, `${name} `, element("input", { type: "date", id: key, onchange: filter(key) })));
+  }
+  const reset = () => {
+    Object.assign(state, { ...FRESH, details: state.details });
+    update();
+  };
+  form.append(element("button", { type: "button", id: "reset", onclick: reset }, "Reset"));
 }
 
-// ---- head, controls, start -----------------------------------------------------------------------------------------
-
-function drawFacts() {
-  const ok = RUNS.filter((run) => run.status === "ok").length;
-  const judged = RUNS.filter((run) => run.parity.passed !== null);
-  const few = (values, noun) => (values.length <= 2 ? values.join("; ") : `${values.length} ${noun}`);
-  const times = RUNS.map((run) => day(run.environment.time_utc)).filter(Boolean).sort();
-  const days = unique([times[0], times.at(-1)].filter(Boolean).map((time) => time.slice(0, 10)));
-  const facts = [
-    ["Runs that ended well", `${ok} of ${RUNS.length}`],
-    ["Proven equal to one process", judged.length ? `${judged.filter((run) => run.parity.passed).length} of ${judged.length} that were compared` : "not measured"],
-    ["Model and global batch", few(unique(RUNS.map((run) => run.shape)), "shapes")],
-    ["Hardware", few(unique(RUNS.map((run) => run.hardware)), "kinds")],
-    ["Software", few(unique(RUNS.map((run) => run.environment.torch).filter(Boolean)).map((v) => `torch ${v}`), "versions of torch") || "unknown"],
-    ["Measured", days.join(" to ") || "unknown"],
-  ];
-  $("#facts").append(...facts.map(([label, value]) => element("div", {}, element("dt", {}, label), element("dd", {}, value))));
-  $("#legend").textContent =
-    "Layout: ranks of the pipeline (pp), replicas (dp), weight shards (fsdp), context (cp) and tensor (tp). Step: median wall time, warm-up left out. " +
-    "Gradient difference: the largest ‖g − g_ref‖ / ‖g_ref‖ of any parameter against one process, in float64; at most 1e-10 is passed. A dash: not measured.";
-}
-
-function fillSelect(select, everything, values) {
-  select.replaceChildren(element("option", { value: "" }, everything), ...values.map((value) => element("option", { value }, value)));
+function drawFilters() {
+  for (const key of IN_ADDRESS.filter((each) => !["details", "against"].includes(each))) {
+    const control = document.getElementById(key);
+    if (control && control.value !== state[key]) control.value = state[key];
+  }
+  const filtered = view.shown.length < RUNS.length;
+  $("#count").textContent = filtered ? `${view.shown.length} of ${RUNS.length} runs; everything on this page is of these` : `${plural(RUNS.length, "run")} in all`;
 }
 
 function startControls() {
-  fillSelect($("#status"), "any", unique(RUNS.map((run) => run.status)).sort());
-  const comparisons = unique(RUNS.map((run) => run.comparison).filter(Boolean));
-  fillSelect($("#comparison"), "all", comparisons);
-  $("#comparison-label").hidden = comparisons.length < 2;
-  $("#strategy").replaceChildren(...[...HISTORY.keys()].map((name) => element("option", { value: name }, name)));
-  const filterBy = (key) => (event) => {
-    state[key] = event.target.value;
-    update(true, false);
-  };
-  $("#query").addEventListener("input", filterBy("query"));
-  $("#status").addEventListener("change", filterBy("status"));
-  $("#comparison").addEventListener("change", filterBy("comparison"));
-  $("#strategy").addEventListener("change", (event) => {
-    state.strategy = event.target.value;
+  $("#axis").addEventListener("change", (event) => {
+    state.axis = event.target.value;
     writeAddress();
     drawHistory();
   });
-  const choose = (ids) => {
-    state.chosen = new Set(ids());
-    update();
-  };
-  $("#choose-shown").addEventListener("click", () => choose(() => shownRuns().map((run) => run.id)));
-  $("#choose-none").addEventListener("click", () => choose(() => []));
-  $("#choose-default").addEventListener("click", () => {
-    Object.assign(state, { sort: null, descending: false, query: "", status: "", comparison: "" });
-    choose(() => DEFAULT);
+  $("#against").addEventListener("change", (event) => {
+    state.against = event.target.value;
+    writeAddress();
+    drawTable();
   });
+  const choose = (keys) => {
+    state.chosen = new Set(keys);
+    update(["table", "charts"]);
+  };
+  $("#choose-shown").addEventListener("click", () => choose(view.shown.map((run) => run.key)));
+  $("#choose-none").addEventListener("click", () => choose([]));
+  $("#save-csv").addEventListener("click", () => save("runs.csv", "text/csv", csv(savedRows())));
+  $("#save-json").addEventListener("click", () => save("runs.json", "application/json", JSON.stringify(savedRows(), null, 1)));
   $("#more").addEventListener("click", () => {
     state.all = true;
     drawTable();
   });
+  $("#close").addEventListener("click", () => openDetails(""));
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && state.details) openDetails("");
+  });
+  $("#legend").textContent =
+    "Layout: ranks of the pipeline (pp), replicas (dp), weight shards (fsdp), context (cp) and tensor (tp). Step: median wall time, warm-up left out. " +
+    "MFU counts attention in full, causal by half, as the mask leaves it; HFU counts what ran, so that MFU may be above it and causal may not. " +
+    "Gradient difference: the largest ‖g − g_ref‖ / ‖g_ref‖ of any parameter against one process, in float64; at most 1e-10 is passed. Bold: the best of a column. A dash: not measured.";
 }
 
 function startTheme() {
@@ -358,42 +418,86 @@ function startTheme() {
   show();
 }
 
-/** After a change: the address, the table and, where the choice or its order changed, the charts. */
-function update(table = true, charts = true) {
+const PARTS = { // by the section that each draws
+  found: drawFound, layouts: drawLayouts, trade: drawTrade, history: drawHistory, table: drawTable, unfinished: drawUnfinished, charts: drawCharts,
+};
+const waiting = new Set(); // parts that are to be drawn
+let turn = 0;
+
+/** Draws these parts: what is on the screen at once, the rest soon after. */
+function draw(parts = Object.keys(PARTS)) {
+  const own = ++turn;
+  const ready = document.documentElement.dataset;
+  ready.ready = "false";
+  for (const part of parts) waiting.add(part);
+  const isSeen = (part) => {
+    const { top, bottom } = document.getElementById(part).getBoundingClientRect();
+    return top < innerHeight && bottom > 0;
+  };
+  const drawOne = (part) => waiting.delete(part) && PARTS[part]();
+  [...waiting].filter(isSeen).forEach(drawOne);
+  const next = () => {
+    if (own !== turn) return; // another call goes on with what is waiting
+    if (waiting.size) {
+      drawOne([...waiting][0]);
+      setTimeout(next);
+    } else {
+      const frame = $("#runs").parentElement;
+      $("#sideways").hidden = frame.scrollWidth <= frame.clientWidth + 1;
+      ready.ready = "true";
+      if (isPlace() && own === 1) document.getElementById(location.hash.slice(1))?.scrollIntoView();
+    }
+  };
+  next();
+}
+
+/** After a change of the state. */
+function update(parts) {
   writeAddress();
-  if (table) {
-    drawTable();
-    drawUnfinished();
-  }
-  if (charts) drawCharts();
+  lookAgain();
+  drawFilters();
+  draw(parts);
+}
+
+function tellMissing(missing) {
+  $("#notice").hidden = !missing;
+  $("#notice").textContent = missing && `This link names what is not on this page: ${missing}.`;
+}
+
+/** Does the address name a part of the page, as "#chart-memory" does? */
+const isPlace = () => location.hash.length > 1 && !location.hash.includes("=");
+
+function drawAll() {
+  lookAgain();
+  drawFilters();
+  draw();
+  drawDetails();
 }
 
 function start() {
-  document.body.append(textures());
-  drawFacts();
-  drawHead();
+  if (PLANS) $("#runs-title").textContent = "Plans";
+  startFilters();
   startControls();
   startTheme();
-  const draw = () => {
-    readAddress();
-    drawTable();
-    drawUnfinished();
-    drawCharts();
-    drawHistory();
-  };
-  draw();
-  window.addEventListener("hashchange", draw);
+  tellMissing(readAddress());
+  drawAll();
+  window.addEventListener("popstate", () => {
+    const before = address("");
+    if (isPlace()) state.details = ""; // the browser scrolls there by itself
+    else tellMissing(readAddress());
+    if (address("") === before) drawDetails(); // a run was opened or closed, and the rest stays
+    else drawAll();
+  });
   let width = document.body.clientWidth;
-  let waiting = 0;
+  let frame = 0;
   window.addEventListener("resize", () => {
-    cancelAnimationFrame(waiting);
-    waiting = requestAnimationFrame(() => {
+    cancelAnimationFrame(frame);
+    frame = requestAnimationFrame(() => {
       if (document.body.clientWidth === width) return;
       width = document.body.clientWidth;
-      for (const chart of document.querySelectorAll("figure")) chart.redraw?.();
+      redraw([...document.querySelectorAll("figure")]);
     });
   });
-  document.documentElement.dataset.ready = "true";
 }
 
 start();

@@ -5,7 +5,7 @@ const DATA = JSON.parse(document.getElementById("data").textContent);
 const RUNS = DATA.runs;
 const unfolded = (text) => JSON.parse(text); // curves and timelines, which are long: read for the runs that are drawn
 const PARITY_LIMIT = 1e-10; // relative difference of float64 gradients; rounding gives 1e-15
-const MOST_ROWS = 200; // of the table, until all are asked for
+const MOST_ROWS = 100; // of the table, until all are asked for
 const MOST_DRAWN = 40; // runs in a chart
 const MOST_TIMELINES = 8;
 const MOST_ACTIONS = 500; // of a run, in the table of its timeline
@@ -19,6 +19,7 @@ const ACTIONS = { // letter, name and series
   backward_weight: ["W", "backward, weights", 4],
 };
 const DASHES = ["", "7 4", "2 3", "10 3 2 3", "4 2", "1 4"];
+const MOST_LINES = 6; // of a chart with lines: as many as there are forms of a mark
 
 // ---- small tools ---------------------------------------------------------------------------------------------------
 
@@ -82,37 +83,99 @@ const groupName = (run) => {
   const { comparison, hardware } = DATA.groups[run.group];
   return comparison ? `${comparison}, on ${hardware}` : hardware;
 };
+const few = (values, noun) => (values.length <= 2 ? values.join("; ") : `${values.length} ${noun}`);
+const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
+const inUnit = (value, [unit, size]) => `${axisFormat.format(value / size)} ${unit}`;
+const axisFormat = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
+const isGood = (run) => run.status === "ok" && run.parity.passed !== false && run.parity.trained_passed !== false;
+const isMeasured = (run) => run.kind === "measured";
+const onCpu = ({ environment }) => String(environment.device ?? "").startsWith("cpu");
+const peakOf = (run) => run.memory?.largest.peak_bytes ?? null;
+const PLANS = RUNS.every((run) => !isMeasured(run)); // a page of dry runs alone
 
 // ---- what is chosen, and its address -------------------------------------------------------------------------------
 
-const state = { chosen: new Set(), sort: null, descending: false, query: "", status: "", comparison: "", strategy: "", all: false };
-
-/** The newest comparison's measured runs that ended well; of a small page, those of every comparison. */
-function defaultChoice() {
-  const good = RUNS.filter((run) => run.status === "ok" && run.kind === "measured");
-  const pool = good.length ? good : RUNS;
-  if (pool.length <= MOST_DRAWN) return pool.map((run) => run.id);
-  const newest = pool.reduce((a, b) => (String(b.environment.time_utc) > String(a.environment.time_utc) ? b : a));
-  return pool.filter((run) => run.group === newest.group).slice(0, MOST_DRAWN).map((run) => run.id);
+// A cluster with one kind of device is known by its name alone.
+for (const own of Map.groupBy(RUNS.filter(({ environment }) => environment.cluster), ({ environment }) => environment.cluster).values()) {
+  if (new Set(own.map(({ cluster }) => cluster)).size === 1) for (const run of own) run.cluster = String(run.environment.cluster);
 }
-const DEFAULT = defaultChoice();
 
+const FACETS = {
+  cluster: (run) => run.cluster,
+  devices: (run) => run.world_size,
+  model: (run) => run.model,
+  strategy: (run) => run.name,
+  status: (run) => run.status,
+  comparison: (run) => run.comparison || null,
+};
+const IN_ADDRESS = [...Object.keys(FACETS), "since", "until", "query", "axis", "against", "details"];
+const FRESH = { chosen: null, sort: null, descending: false, all: false, ...Object.fromEntries(IN_ADDRESS.map((key) => [key, ""])) };
+const state = { ...FRESH }; // chosen: keys of runs; null: those that a fresh page chooses
+const BY_KEY = new Map(RUNS.map((run) => [run.key, run]));
+const DAYS = RUNS.map((run) => day(run.environment.time_utc)?.slice(0, 10) ?? null);
+const TEXTS = RUNS.map((run) =>
+  [run.name, run.id, run.layout, run.status, run.kind, run.cluster, run.hardware, run.shape, run.reason, commitOf(run), ...Object.values(run.labels).flat()].join(" ").toLowerCase());
+let view = { shown: [], chosen: [] };
+
+const valuesOf = (facet) => unique(RUNS.map(FACETS[facet]).filter((value) => value !== null)).map(String).sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
+
+/** What the filters leave, and which of those the charts compare. */
+function lookAgain() {
+  const words = state.query.toLowerCase().split(/\s+/).filter(Boolean);
+  const facets = Object.entries(FACETS).filter(([facet]) => state[facet]);
+  const shown = RUNS.filter((run, i) =>
+    facets.every(([facet, of]) => String(of(run)) === state[facet]) &&
+    (!state.since || (DAYS[i] !== null && DAYS[i] >= state.since)) &&
+    (!state.until || (DAYS[i] !== null && DAYS[i] <= state.until)) &&
+    words.every((word) => TEXTS[i].includes(word)));
+  const chosen = state.chosen ?? freshChoice(shown);
+  const inOrder = sorted(shown);
+  const compared = inOrder.filter((run) => chosen.has(run.key));
+  if (!state.sort) compared.sort((a, b) => a.group - b.group); // stable: the order within a group stays
+  view = { shown: inOrder, chosen: compared, keys: chosen };
+}
+
+/** The newest comparison's measured runs that ended well; of few, those of every comparison. */
+function freshChoice(runs) {
+  const good = runs.filter((run) => run.status === "ok" && isMeasured(run));
+  const pool = good.length ? good : runs;
+  if (pool.length <= MOST_DRAWN) return new Set(pool.map((run) => run.key));
+  const newest = pool.reduce((a, b) => (b.time > a.time ? b : a));
+  return new Set(pool.filter((run) => run.group === newest.group).slice(0, MOST_DRAWN).map((run) => run.key));
+}
+
+/** Sets the state; returns in words what the address names and this page does not have. */
 function readAddress() {
-  const address = new URLSearchParams(location.hash.slice(1));
-  const known = new Set(RUNS.map((run) => run.id));
+  const address = new URLSearchParams(location.hash.includes("=") ? location.hash.slice(1) : "");
+  const missing = [];
+  Object.assign(state, FRESH);
+  for (const key of IN_ADDRESS) state[key] = address.get(key) ?? "";
+  for (const facet of Object.keys(FACETS)) {
+    if (!state[facet] || valuesOf(facet).includes(state[facet])) continue;
+    missing.push(`${facet} “${state[facet].slice(0, 100)}”`);
+    state[facet] = "";
+  }
   const column = COLUMNS.find(({ key }) => key === address.get("sort"));
-  state.chosen = new Set((address.has("run") ? address.getAll("run") : DEFAULT).filter((id) => known.has(id)));
   state.sort = column ? column.key : null;
   state.descending = address.get("order") === "descending";
-  for (const key of ["query", "status", "comparison", "strategy"]) state[key] = address.get(key) ?? "";
+  const keys = address.has("runs") ? address.get("runs").split(".").filter(Boolean) : null;
+  state.chosen = keys && new Set(keys.filter((key) => BY_KEY.has(key)));
+  let unknown = keys ? keys.length - state.chosen.size : 0;
+  for (const key of ["against", "details"]) {
+    if (!state[key] || BY_KEY.has(state[key])) continue;
+    unknown += 1;
+    state[key] = "";
+  }
+  if (unknown) missing.unshift(unknown === 1 ? "a run" : `${unknown} runs`);
+  return missing.join(", ");
 }
 
-function writeAddress() {
-  const address = new URLSearchParams();
-  if (state.sort) address.append("sort", state.sort);
-  if (state.sort && state.descending) address.append("order", "descending");
-  for (const key of ["query", "status", "comparison", "strategy"]) if (state[key]) address.append(key, state[key]);
-  const isDefault = state.chosen.size === DEFAULT.length && DEFAULT.every((id) => state.chosen.has(id));
-  if (!isDefault) for (const id of state.chosen.size ? state.chosen : [""]) address.append("run", id);
-  history.replaceState(null, "", `#${address}`);
+function address(details = state.details) {
+  const entries = IN_ADDRESS.filter((key) => key !== "details" && state[key]).map((key) => [key, state[key]]);
+  if (details) entries.push(["details", details]);
+  if (state.sort) entries.push(["sort", state.sort], ...(state.descending ? [["order", "descending"]] : []));
+  if (state.chosen) entries.push(["runs", [...state.chosen].join(".")]);
+  return `#${new URLSearchParams(entries)}`;
 }
+
+const writeAddress = () => history.replaceState(null, "", address());
