@@ -7,13 +7,16 @@ INSTALLED := $(VENV)/.installed
 # The first of these that is Python 3.11 or later.
 PYTHONS := python3 python3.13 python3.12 python3.11 python
 
-.PHONY: compare first-look test faults bench gpu setup clean
+.PHONY: compare first-look engines test faults bench gpu setup clean
 
 compare: setup  ## the main job: every strategy on one model, proven against one process
 	$(BIN)/lab compare recipes/compare/strategies.toml
 
 first-look: setup  ## the same with four strategies, in under a minute
 	$(BIN)/lab compare recipes/compare/first-look.toml
+
+engines: setup  ## the lab's own engine beside DeepSpeed and Accelerate
+	$(BIN)/lab compare recipes/compare/engines.toml
 
 test: setup  ## linters, types, and every test
 	$(BIN)/ruff check .
@@ -43,7 +46,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	done; \
 	if [ -z "$$python" ]; then echo "parallel-lab needs Python 3.11 or later; none of: $(PYTHONS)" >&2; exit 1; fi; \
 	if [ ! -x $(BIN)/python ]; then echo "making $(VENV) with $$python"; $$python -m venv $(VENV); fi
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
 clean:  ## remove the virtual environment; results under runs/ stay

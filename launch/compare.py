@@ -204,14 +204,17 @@ def _settled(options: Sequence[str], records: Sequence[Mapping[str, Any]]) -> li
 
 
 def predict(comparison: Comparison, *, out: Path, say: Callable[[str], None]) -> None:
-    """Dry-runs every variant, to out/<name>/predicted/<variant>/: the page shows it beside what was measured."""
+    """Dry-runs every variant of the native engine, to out/<name>/predicted/<variant>/.
+
+    The page shows it beside what was measured.
+    """
     from parallel.dryrun import dry_run  # a comparison alone lives without torch
     from parallel.kinds import distinct_ranks
 
     folder = out / comparison.name / PREDICTED
     done = _done(comparison, folder)  # kept by --resume
     for variant in comparison.variants:
-        if variant.recipe is not None and variant.name not in done:
+        if variant.recipe is not None and variant.recipe.engine.name == "native" and variant.name not in done:
             say(f"dry run of {variant.name}")
             (folder / variant.name).mkdir(parents=True, exist_ok=True)
             record = dry_run(variant.recipe, ranks=list(distinct_ranks(variant.recipe)))

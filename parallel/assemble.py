@@ -112,11 +112,9 @@ def assemble(
     """
     parallel, train = recipe.parallel, recipe.train
     compute_dtype: torch.dtype = getattr(torch, train.dtype)
-    weight_dtype = torch.promote_types(compute_dtype, torch.float32)  # bfloat16 computes from float32 weights
     sharded, data_ranks = parallel.dp_shard > 1, mesh["data"].size()
 
-    with torch.device("meta"):
-        model = Transformer(recipe.model, seq_len=train.seq_len, compute_dtype=compute_dtype).to(weight_dtype)
+    model = _on_meta(recipe)
     stages = split_pipeline(model, recipe=recipe, pp_rank=mesh.get_local_rank("pp")) if parallel.pp > 1 else [model]
 
     for stage in stages:
@@ -145,13 +143,8 @@ def assemble(
     averaged = data_ranks if sharded else 1
     scale = averaged / (train.global_batch * train.seq_len)
 
-    def loss(logits: Tensor, targets: Tensor) -> Tensor:
-        return token_loss(logits, targets) * scale
-
     for stage in stages:
-        stage.loss = partial(linear_cross_entropy, loss=loss)
-        if train.loss_chunks > 1:
-            stage.loss = partial(chunked_linear_loss, loss=loss, n_chunks=train.loss_chunks)
+        _use_loss(stage, recipe, token_loss, scale)
 
     microbatches: Callable[[Tensor, Tensor], Tensor]
     if parallel.pp > 1:
@@ -168,6 +161,35 @@ def assemble(
         before = partial(before_microbatch, stages[0]) if sharded else None
         microbatches = Accumulation(model=stages[0], micro_batch=recipe.micro_batch, before=before)
     return Assembled(recipe, stages, mesh, microbatches, buckets, averaged)
+
+
+def whole_model(recipe: Recipe, *, device: torch.device, scale: float) -> Transformer:
+    """The same model, unsplit and with initial weights, for an engine that splits it itself.
+
+    scale: of its loss, which is a sum over tokens.
+    """
+    model = _on_meta(recipe)
+    apply_recompute(model, recipe.recompute)
+    load_initial_weights(model, recipe, device)
+    _use_loss(model, recipe, cross_entropy, scale)
+    return model
+
+
+def _on_meta(recipe: Recipe) -> Transformer:
+    compute_dtype: torch.dtype = getattr(torch, recipe.train.dtype)
+    weight_dtype = torch.promote_types(compute_dtype, torch.float32)  # bfloat16 computes from float32 weights
+    with torch.device("meta"):
+        model = Transformer(recipe.model, seq_len=recipe.train.seq_len, compute_dtype=compute_dtype)
+        return model.to(weight_dtype)
+
+
+def _use_loss(model: Transformer, recipe: Recipe, token_loss: Loss, scale: float) -> None:
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        return token_loss(logits, targets) * scale
+
+    model.loss = partial(linear_cross_entropy, loss=loss)
+    if recipe.train.loss_chunks > 1:
+        model.loss = partial(chunked_linear_loss, loss=loss, n_chunks=recipe.train.loss_chunks)
 
 
 @contextmanager

@@ -57,7 +57,12 @@ def dry_run(recipe: Recipe, *, ranks: Sequence[int], say: Callable[[str], None] 
 
 
 def measure_each(recipe: Recipe, ranks: Sequence[int], say: Callable[[str], None]) -> Iterator[tuple[int, Measures]]:
-    """Each rank's, in order. In processes of their own where there are several, as many at once as there are cores."""
+    """Each rank's, in order. In processes of their own where there are several, as many at once as there are cores.
+
+    Raises RecipeError for an engine that cannot do without real tensors and ranks.
+    """
+    if recipe.engine.name != "native":
+        raise RecipeError("engine.name", recipe.engine.name, "cannot be dry-run; only native can: set it to that")
     if len(ranks) == 1:
         yield ranks[0], dry_run_rank(recipe, rank=ranks[0])
         return

@@ -14,8 +14,8 @@ from parallel.batches import corpus_of, refuse_different_data, rows_of_replica, 
 from parallel.checkpoint.files import Checkpoint, last_readable, refuse_unfit, remove_checkpoint, step_folders
 from parallel.checkpoint.saving import Saver, last_whole, load
 from parallel.collectives import gathered
-from parallel.engines.engine import run_step
-from parallel.engines.native import NativeEngine
+from parallel.engines import engine_of
+from parallel.engines.engine import Resumable, run_step
 from parallel.measure.clock import WARM_UP_STEPS, Clock
 from parallel.measure.counters import Counters, fill_in
 from parallel.measure.hardware import faster_float32_matmul, float32_matmul, matmul_ceiling, peak_of_rank
@@ -28,7 +28,7 @@ from parallel.measure.trace import Trace
 from parallel.mesh import build_mesh
 from parallel.process import process_group, say
 from parallel.proof import prove
-from parallel.recipe import Recipe, RecipeError
+from parallel.recipe import Recipe, RecipeError, refuse_missing_engine
 
 
 def train(
@@ -87,6 +87,7 @@ def train_in_group(
 
     note: what a reader must know of the device.
     """
+    refuse_missing_engine(recipe)
     corpus = corpus_of(recipe)
     refuse_different_data(recipe, corpus)
     mesh = build_mesh(recipe, device.type)
@@ -117,27 +118,39 @@ def train_in_group(
         parity_seconds = time.perf_counter() - start
     ceiling = _ceiling(recipe, device)
 
-    engine = NativeEngine(recipe, mesh=mesh, device=device)
+    engine = engine_of(recipe, mesh=mesh, device=device)
+    record.environment.engine = engine.name
     parameters = [parameter for _, parameter in engine.named_parameters()]
     if checkpoint is not None:
+        assert isinstance(engine, Resumable)
         engine.load_state(partial(load, checkpoint))
         first_step = checkpoint.step + 1
         say(f"resumed from step {checkpoint.step} of {checkpoint.recipe['name']}")
     if dist.get_rank() == 0:
         _begin_life(recipe, out, checkpoint, same_run=resume_from == out, parity_seconds=parity_seconds)
     clock = Clock(recipe, device)
-    counters = Counters(recipe, parameters, engine.optimizer, mesh=mesh, device=device, hosts=hosts)
+    counters = Counters(
+        recipe,
+        parameters,
+        engine.optimizer,
+        mesh=mesh,
+        device=device,
+        hosts=hosts,
+        nth=engine.settled_step,
+        holds=engine.holds,
+    )
     traced = min(first_step + WARM_UP_STEPS, recipe.train.steps)
     engine.observers += [
         FiniteCheck(),
         Progress(recipe.train.steps),
         Journal(out / "steps.jsonl", first_step=first_step),
         *([Trace(out, device, mesh=mesh, number=traced, clock=clock)] if profile else []),
-        Timeline(recipe, device, mesh=mesh, clock=clock),
+        Timeline(recipe, device, mesh=mesh, clock=clock, waits_in_python=engine.waits_in_python),
         clock,
         counters,
     ]
     if recipe.checkpoint.every:
+        assert isinstance(engine, Resumable)
         matmul = record.environment.float32_matmul
         about = {"recipe": recipe.resolved(), "data": corpus.description, "float32_matmul": matmul}
         saver = Saver(recipe, engine.state, run=out, about=about, clock=clock, device=device, asked=asked)

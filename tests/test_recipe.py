@@ -52,6 +52,7 @@ def check_message(error: RecipeError, *fragments: str) -> None:
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 PP4 = "parallel.pp = 4; train.micro_batch = 1"
+ACCELERATE, DEEPSPEED = ("engine.name = 'accelerate'", "engine.name = 'deepspeed'")
 SHAPE = "model.preset = 'none'; model.n_layers = 2; model.d_model = 64; model.vocab_size = 256"
 
 # lines of a recipe; the key and value that the message names; what it says would be right
@@ -59,7 +60,6 @@ REFUSED = [
     # unknown sections and keys
     ("trian.steps = 5", "trian = {'steps': 5}", "unknown section; did you mean train?"),
     ("optimizer.lr = 0.1", "optimizer = ", "unknown section; known: model, data, train"),
-    ("engine.name = 'native'", "engine = ", "unknown section"),
     ("track.wandb = 'online'", "track = ", "unknown section"),
     ("checkpoint.every = -1", "checkpoint.every = -1: ", "at least 0"),
     ("checkpoint.keep = 0", "checkpoint.keep = 0: ", "at least 1"),
@@ -256,6 +256,31 @@ REFUSED = [
         "context.method = ulysses",
     ),
     (PP4 + "; pipeline.schedule = 'zbv'; train.compile = 'inductor'", "train.compile = 'inductor'", "torch.compile"),
+    # engines
+    ("engine.name = 'horovod'", "engine.name = 'horovod'", "choose native, deepspeed, accelerate"),
+    ("engine.zero_stage = 2", "engine.zero_stage = 2", "read by engine.name = deepspeed alone, and this is native"),
+    (DEEPSPEED + "; engine.zero_stage = 0", "engine.zero_stage = 0", "at least 1"),
+    (DEEPSPEED + "; parallel.tp = 2", "parallel.tp = 2", "deepspeed splits data alone here"),
+    (ACCELERATE + "; parallel.cp = 2", "parallel.cp = 2", "accelerate splits data alone here"),
+    (ACCELERATE + "; parallel.pp = 2; train.micro_batch = 1", "parallel.pp = 2", "or set engine.name = native"),
+    (ACCELERATE + "; engine.zero_stage = 1", "engine.zero_stage = 1", "and this is accelerate; remove it"),
+    (ACCELERATE + "; train.compile = 'inductor'", "train.compile = 'inductor'", "use none"),
+    (ACCELERATE + "; checkpoint.every = 5", "checkpoint.every = 5", "is not saved yet; use 0"),
+    (ACCELERATE + "; ddp.overlap = false", "ddp.overlap = False", "use true, or set engine.name = native"),
+    (ACCELERATE + "; parallel.dp_shard = 2; sharding.prefetch = 2", "sharding.prefetch = 2", "in its own way; use 1"),
+    (DEEPSPEED + "; ddp.bucket_mib = 1", "ddp.bucket_mib = 1.0", "has buckets of its own"),
+    (
+        DEEPSPEED + "; parallel.dp_shard = 2; sharding.reshard_after_forward = false",
+        "sharding.reshard_after_forward = False",
+        "has engine.zero_stage = 2 for that",
+    ),
+    (
+        DEEPSPEED + "; parallel.dp_shard = 2; parallel.dp_replicate = 2",
+        "parallel.dp_replicate = 2",
+        "shards over all ranks or none",
+    ),
+    (DEEPSPEED + "; train.dtype = 'float64'", "train.dtype = 'float64'", "use float32"),
+    (DEEPSPEED + "; train.dtype = 'bfloat16'", "train.dtype = 'bfloat16'", "use dp_shard with engine.zero_stage = 1"),
     # data
     ("data.path = 'x.bin'", "data.path = 'x.bin'", "has no meaning with data.source = stdlib; remove it"),
     ("data.source = 'synthetic'; data.files = ['a']", "data.files = ['a']", "no meaning with data.source = synthetic"),

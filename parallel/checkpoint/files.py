@@ -197,6 +197,8 @@ def refuse_unfit(recipe: Recipe, checkpoint: Checkpoint, *, resume: bool, ended:
     """
     was, now = checkpoint.recipe, recipe.resolved()
     option = "--resume" if resume else "--resume-from"
+    if recipe.engine.name != "native":
+        raise RecipeError("engine.name", recipe.engine.name, f"reads no checkpoints yet; {option} needs native")
 
     def refuse(section: str, key: str) -> None:
         theirs, mine = (tables.get(section, {}).get(key) for tables in (was, now))

@@ -1,7 +1,9 @@
 """Who executes a step: what the loop, the proof and the measures ask of it."""
 
-from collections.abc import Callable, Iterable
-from typing import Protocol
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +14,13 @@ from parallel.recipe import Recipe
 
 
 class Engine(Protocol):
+    name: str  # and its version, where that is not this library's
     recipe: Recipe
     mesh: DeviceMesh  # of build_mesh
     optimizer: torch.optim.Optimizer
     observers: list[Observer]  # of the actions of a pipeline
+    settled_step: int  # the first that does and holds what every later one does
+    waits_in_python: bool  # for messages, on a CPU: no clock sees those of C++
 
     def gradients(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Computes those of the mean loss of the global batch; that loss, on every rank.
@@ -35,11 +40,42 @@ class Engine(Protocol):
         Each is a DTensor that knows which part of the whole it is, or whole.
         """
 
+    def holds(self) -> dict[str, list[Tensor]]:
+        """What this rank keeps beside parameters, their .grad and the optimizer's state, by category of its memory."""
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """An engine that takes [checkpoint]."""
+
     def state(self) -> dict[str, Tensor]:
         """All that training changes: parameters by name, and the optimizer's state as "<name>.<its key>"."""
 
     def load_state(self, read: Callable[[dict[str, Tensor]], None]) -> None:
         """Hands `read` the whole `state`, before a first step too, to be filled in place. Collective."""
+
+
+def adamw(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    train = recipe.train
+    return torch.optim.AdamW(
+        list(parameters),
+        lr=train.learning_rate,
+        weight_decay=train.weight_decay,
+        fused=train.adamw == "fused",
+        foreach=train.adamw == "foreach",
+    )
+
+
+@contextlib.contextmanager
+def environment(**variables: object) -> Iterator[None]:
+    """Within, these are set; what a library sets there, for itself to read, is gone afterwards, too."""
+    before = dict(os.environ)
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def run_step(engine: Engine, step: Step, batch: Callable[[int], Iterable[Tensor]]) -> None:

@@ -10,6 +10,7 @@ from torch.profiler import record_function
 
 from parallel.actions import Action
 from parallel.assemble import assemble
+from parallel.engines.engine import adamw
 from parallel.measure.observer import Observer, nested
 from parallel.recipe import Recipe
 from parallel.transformer import Transformer
@@ -17,7 +18,9 @@ from parallel.weights import load_initial_weights
 
 
 class NativeEngine:
-    """See Engine. load: moves a stage of the model from meta to the device."""
+    """See Engine and Resumable. load: moves a stage of the model from meta to the device."""
+
+    name, settled_step, waits_in_python = "native", 2, True  # the first step makes the optimizer's state
 
     def __init__(
         self,
@@ -35,14 +38,7 @@ class NativeEngine:
         self.recipe, self.mesh, self.observers = recipe, mesh, observers
         self.model = assemble(recipe, mesh=mesh, device=device, load=load, around=around)
         self.named_parameters, self.gradient = self.model.named_parameters, self.model.gradient
-        train = recipe.train
-        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            [parameter for _, parameter in self.named_parameters()],
-            lr=train.learning_rate,
-            weight_decay=train.weight_decay,
-            fused=train.adamw == "fused",
-            foreach=train.adamw == "foreach",
-        )
+        self.optimizer = adamw(recipe, (parameter for _, parameter in self.named_parameters()))
 
     def gradients(self, tokens: Tensor, targets: Tensor) -> Tensor:
         self.model.zero_gradients()
@@ -55,6 +51,9 @@ class NativeEngine:
         with record_function("optimizer"):
             self.optimizer.step()
         return norm
+
+    def holds(self) -> dict[str, list[Tensor]]:
+        return {}
 
     def state(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}

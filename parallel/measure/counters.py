@@ -2,11 +2,11 @@
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.actions import Action
@@ -33,6 +33,8 @@ class Measures(NamedTuple):
 class Counters(Observer):
     """Counts, which slows it down, the `nth` step that it sees: the second, for the first makes the optimizer's state.
 
+    holds: see MemoryTracker.
+
     Compiled code makes tensors where no tracker sees them: there FLOPs alone are counted, and memory and traffic are
     None but for the allocator's own peaks.
     """
@@ -47,10 +49,11 @@ class Counters(Observer):
         device: torch.device,
         nth: int = 2,
         hosts: Sequence[int] | None = None,
+        holds: Callable[[], Mapping[str, Sequence[Tensor]]] = dict,
     ) -> None:
         self._compiled = recipe.train.compile != "none"
         self._parameters, self._optimizer, self._mesh, self._device = list(parameters), optimizer, mesh, device
-        self._left, self._hosts = nth, hosts
+        self._left, self._hosts, self._holds = nth, hosts, holds
         self._actions: list[Action] = []
         self.number: int | None = None  # of the step that was counted
         self.measures: Measures | None = None
@@ -63,10 +66,8 @@ class Counters(Observer):
             return
         self.number = step.number
         reset_allocator_peaks(self._device)
-        log, tracker = (
-            TrafficLog(self._mesh, self._hosts),
-            MemoryTracker(self._parameters, self._optimizer, device=self._device),
-        )
+        log = TrafficLog(self._mesh, self._hosts)
+        tracker = MemoryTracker(self._parameters, self._optimizer, device=self._device, holds=self._holds)
         with FlopCounter() as flops, nested([] if self._compiled else [log, tracker]):
             yield
         memory: dict[str, Any] = dict.fromkeys(tracker.peak()) if self._compiled else tracker.peak()

@@ -5,7 +5,7 @@ import gc
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,13 +47,21 @@ class MemoryTracker(TorchDispatchMode):
     A storage older than the region is counted from entry on if it belongs to a parameter, a gradient or the optimizer,
     or if an operator of the region uses it; others are nobody's business here.
 
+    holds: more of what belongs to a category, by its name (an engine's copies in other types, or of parts).
+
     Works on real tensors and on FakeTensors, with the same figures. Enter it after a FakeTensorMode.
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer | None, *, device: torch.device
+        self,
+        parameters: Iterable[nn.Parameter],
+        optimizer: torch.optim.Optimizer | None,
+        *,
+        device: torch.device,
+        holds: Callable[[], Mapping[str, Sequence[Tensor]]] = dict,
     ) -> None:
         super().__init__()
+        self._holds = holds
         self._parameters, self._optimizer, self._device = list(parameters), optimizer, device
         self._live: dict[int, _Storage] = {}
         self._freed: deque[_Storage] = deque()  # a storage may die on any thread, and append is atomic
@@ -163,7 +171,7 @@ class MemoryTracker(TorchDispatchMode):
             "gradients": [parameter.grad for parameter in self._parameters if parameter.grad is not None],
             "optimizer": [value for state in states for value in state.values() if isinstance(value, Tensor)],
         }
-        for category, members in tensors.items():
+        for category, members in (*tensors.items(), *self._holds().items()):
             for tensor in members:
                 storage = self._see(local_part(tensor), made=True)
                 if storage is not None:

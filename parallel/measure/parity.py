@@ -37,14 +37,15 @@ class Reference:
 def parity_recipe(recipe: Recipe, *, on_cuda: bool = False) -> tuple[Recipe, str]:
     """The recipe to prove `recipe` with, and what its reference is, in words.
 
-    In float64, with the attention kernel that has it, else as it is. A model too large for one process keeps its
-    layout, its heads and its microbatches, and shrinks in width, depth, sequence and vocabulary.
+    In float64, or the most exact type that its engine has, and with the attention kernel for it, else as it is. A model
+    too large for one process keeps its layout, its heads and its microbatches, and shrinks in width, depth, sequence
+    and vocabulary.
     """
     # CUDA has no other kernel for float64 than math, and inductor of torch 2.11 gives that of the CPU a float32 tensor.
     # Ring and all-gather bring their own.
     model, parallel = recipe.model, recipe.parallel
     plain = recipe.train.compile == "inductor" and not (parallel.cp > 1 and recipe.context.zigzag)
-    train = replace(recipe.train, dtype="float64", attention="math" if plain else "auto")
+    train = replace(recipe.train, dtype=recipe.engine.exact_dtype, attention="math" if plain else "auto")
     flops = model_flops_per_token(model, seq_len=train.seq_len).full * train.global_batch * train.seq_len
     plain_products = on_cuda or train.attention == "math"  # which keep all scores of a sequence
     scores_bytes = 8 * model.n_layers * model.n_heads * train.seq_len**2 if plain_products else 0

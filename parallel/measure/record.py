@@ -49,6 +49,7 @@ class Environment:
     device: str | None = None  # what the run chose, known to its ranks alone: device and what follows
     device_memory_bytes: int | None = None  # of one accelerator
     backend: str | None = None
+    engine: str | None = None  # that executed the steps, with its version where it is not the lab's own
     cluster: str | None = None  # its name, of --cluster-name or slurm/site.toml
     hosts: list[int] | None = None  # of each rank: those of one number are on one host
     data: str | None = None

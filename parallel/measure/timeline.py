@@ -43,12 +43,14 @@ class Timeline(Observer):
     Times are those of the wall clock, which ranks of a host share and which hosts keep within milliseconds.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device, *, mesh: DeviceMesh, clock: Clock) -> None:
+    def __init__(
+        self, recipe: Recipe, device: torch.device, *, mesh: DeviceMesh, clock: Clock, waits_in_python: bool = True
+    ) -> None:
         self._mesh, self._clock = mesh, clock
         self._on_cuda = device.type == "cuda"
         # Compiled collectives wait where no clock of Python's sees it, and a clock within would break their graph.
         in_graph = recipe.train.compile != "none" and (recipe.parallel.tp > 1 or recipe.parallel.cp > 1)
-        self._clocks_waits = not self._on_cuda and not in_graph
+        self._clocks_waits = waits_in_python and not self._on_cuda and not in_graph
         self._steps: deque[_Step] = deque(maxlen=OBSERVED_STEPS)
         self._step = _Step()
 

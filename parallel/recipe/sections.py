@@ -23,6 +23,7 @@ Operation = Literal["attention", "matmul"]
 Schedule = Literal[
     "gpipe", "1f1b", "interleaved-1f1b", "looped-bfs", "interleaved-zero-bubble", "zbv", "dualpipev"
 ]  # fmt: skip
+EngineName = Literal["native", "deepspeed", "accelerate"]
 Preset = Literal["tiny", "small", "smollm-1.7b", "llama3-8b", "llama3-70b", "llama3-405b", "none"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 SINGLE_STAGE_SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b")
@@ -290,6 +291,24 @@ class Recompute(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Engine(Section):
+    """[engine]: who splits the model and executes its steps."""
+
+    name: EngineName = option("native", "native: the lab's own; deepspeed and accelerate: theirs, where installed")
+    zero_stage: int = option(
+        3,
+        "deepspeed: what ranks of dp_shard share: 1: the optimizer's state; 2: gradients, too; 3: weights, too",
+        minimum=1,
+        maximum=3,
+    )
+
+    @property
+    def exact_dtype(self) -> Dtype:
+        """The most exact type in which it computes gradients: DeepSpeed adds those of ranks in float32 at most."""
+        return "float32" if self.name == "deepspeed" else "float64"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint(Section):
     """[checkpoint]: what a run saves of itself, to go on from."""
 
@@ -313,6 +332,7 @@ class Sections:
     context: Context
     pipeline: Pipeline
     recompute: Recompute
+    engine: Engine
     checkpoint: Checkpoint
 
     @cached_property
