@@ -36,7 +36,7 @@ LEGEND = (
     " attention counted in full; causal: by half; HFU: the FLOPs that ran."
     " peak: live tensors of the fullest rank."
     " grad diff: the largest ‖g − g_ref‖ / ‖g_ref‖ of any parameter in step 1; loss diff: |loss − loss_ref| there;"
-    " both in float64. passed: grad diff is at most 1e-10."
+    " both in float64, if nothing else is said. passed: grad diff is at most 1e-10."
 )
 
 
@@ -111,7 +111,8 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         fitted = (_fit(cell, width, align) for cell, width, (*_, align, _) in zip(line, widths, COLUMNS, strict=True))
         lines.append((" " * gap).join(fitted).rstrip())
     lines.insert(2, "-" * (sum(widths) + gap * (len(widths) - 1)))
-    below = [text for record in records if (text := remark_on(record))] + _without_peak(records)
+    below = [text for record in records if (text := remark_on(record))]
+    below += _without_peak(records) + _noted_proofs(records)
     below += [text for record in records if (text := goodput_in_words(record))]
     return "\n".join([*lines, "", *below, *([""] if below else []), _wrapped(_compared(records)), _wrapped(LEGEND)])
 
@@ -139,6 +140,15 @@ def goodput_in_words(record: Mapping[str, Any]) -> str:
     good = f"{100 * seconds['fraction']:.1f} % of {three_digits(seconds['total_seconds'] or 0)} s trained what counts"
     of_lives = f"in {n_lives} {'lives' if n_lives > 1 else 'life'}"
     return _wrapped(f"{_name(record)[:60]}: goodput: {good}, {of_lives}; {', '.join(rest)}")
+
+
+def _noted_proofs(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is known to keep proofs from being exact, a note at a time."""
+    names: dict[str, list[str]] = {}
+    for record in records:
+        if (note := record["parity"]["note"]) is not None:
+            names.setdefault(str(note)[:LARGEST_REASON], []).append(_name(record)[:60])
+    return [_wrapped(f"{', '.join(of_note)}: {note}") for note, of_note in names.items()]
 
 
 def progress_line(record: Mapping[str, Any]) -> str:
@@ -213,12 +223,13 @@ def _compared(records: Sequence[Mapping[str, Any]]) -> str:
         return " / ".join(found[:4]) + (" / ..." if len(found) > 4 else "") if found else "?"
 
     parts = [record["recipe"] | {key: record[key] for key in ("environment", "parity")} for record in records]
-    matmul = each("environment", "float32_matmul")
+    matmul, engines = each("environment", "float32_matmul"), each("environment", "engine")
+    engine = "" if engines in ("?", "native") else f" Engines: {engines}."
     products = "" if matmul == "?" else f", float32 products {matmul}"
     return (
         f"Model {each('model', 'preset')} ({each('model', 'n_layers')} layers, d_model {each('model', 'd_model')}),"
         f" {each('train', 'dtype')}, global batch {each('train', 'global_batch')} sequences of"
         f" {each('train', 'seq_len')} tokens, {each('train', 'steps')} steps, on {each('environment', 'device')}"
         f" (host: {each('environment', 'cores')} cores of {each('environment', 'cpu')}),"
-        f" torch {each('environment', 'torch')}{products}. Parity against {each('parity', 'reference')}."
+        f" torch {each('environment', 'torch')}{products}. Parity against {each('parity', 'reference')}.{engine}"
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import parallel.measure.hardware as hardware
+from launch.table import table
 from parallel.batches import rows_of_replica
 from parallel.checkpoint.files import Checkpoint, refuse_unfit
 from parallel.dryrun import dry_run
@@ -277,6 +278,7 @@ def test_the_record_of_deepspeed_shows_what_its_stage_shares(
     record = deepspeed_ranks(2, anew, run, recipe, str(tmp_path))[0]
     assert record["status"] == "ok" and record["parity"]["passed"] and record["parity"]["dtype"] == "float32"
     assert record["environment"]["engine"].startswith("deepspeed 0.19.") and record["memory"]["step"] == 3
+    assert "proven in float32, the most exact type of deepspeed" in table([record])
     assert sum(record["throughput"]["step_parts"].values()) > 0
     whole = 4 * recipe.model.n_parameters
     part = pytest.approx(whole / 2, rel=0.01)  # padded

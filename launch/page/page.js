@@ -277,7 +277,7 @@ function detailsOf(run) {
     ["status", run.status], ["MFU", mfu], ["steps", stepsInWords(run)], ["checkpoints", checkpointsInWords(run.checkpoint)],
     ["memory and traffic", memory && isNumber(memory.step) ? `of step ${memory.step}` : null],
     ["about the memory", memory?.note ?? undefined], ["layout", run.layout], ["ranks", run.world_size], ["hardware", run.hardware],
-    ["device", environment.device], ["backend", environment.backend], ["torch", environment.torch], ["Python", environment.python],
+    ["device", environment.device], ["backend", environment.backend], ["engine", environment.engine], ["torch", environment.torch], ["Python", environment.python],
     ["NumPy", environment.numpy], ["parallel-lab", environment.parallel_lab], ["commit", environment.git_commit],
     ["platform", environment.platform], ["CPU of the host", environment.cpu], ["cores of the host", environment.cores],
     ["accelerators", Array.isArray(environment.accelerators) ? environment.accelerators.join(", ") || "none" : null],
@@ -393,7 +393,7 @@ function startControls() {
   $("#legend").textContent =
     "Layout: ranks of the pipeline (pp), replicas (dp), weight shards (fsdp), context (cp) and tensor (tp). Step: median wall time, warm-up left out. " +
     "MFU counts attention in full, causal by half, as the mask leaves it; HFU counts what ran, so that MFU may be above it and causal may not. " +
-    "Gradient difference: the largest ‖g − g_ref‖ / ‖g_ref‖ of any parameter against one process, in float64; at most 1e-10 is passed. Bold: the best of a column. A dash: not measured.";
+    "Gradient difference: the largest ‖g − g_ref‖ / ‖g_ref‖ of any parameter against one process, in float64 (DeepSpeed has float32); at most 1e-10 (1e-5) is passed. Bold: the best of a column. A dash: not measured.";
 }
 
 function startTheme() {

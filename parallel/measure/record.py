@@ -67,6 +67,7 @@ class Parity:
     trained_dtype: str | None = None  # where that has other kernels than float64: as near as it allows
     trained_max_rel_grad_diff: float | None = None
     trained_passed: bool | None = None
+    note: str | None = None  # what is known to keep an engine from the exact proof
 
 
 @dataclass(kw_only=True)
