@@ -146,15 +146,16 @@ def _run(identifier: str, record: Mapping[str, Any]) -> dict[str, Any]:
         "timeline": _folded(_timeline(record["pipeline"].get("timeline"))),
         "checkpoint": _checkpoint(record["checkpoint"], measured["checkpoint"]),
         "labels": _plain(record["labels"]),
+        "goodput": measured["goodput"],
         "recipe": _plain(recipe),
         "environment": _plain(environment),
     }
 
 
 def _checkpoint(checkpoint: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any] | None:
-    """{saves, bytes, waited_seconds, background_seconds, lives: how many}; None of a run that keeps none."""
+    """{saves, bytes, waited_seconds, background_seconds, lives: how many}; None of one life without a save."""
     lives = len(_rows(checkpoint.get("lives"))) or None
-    return {**measured, "lives": lives} if measured["saves"] or (lives or 0) > 1 else None
+    return {**measured, "lives": lives} if lives and (measured["saves"] or lives > 1) else None
 
 
 def _folded(value: Any) -> str | None:

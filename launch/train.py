@@ -67,6 +67,8 @@ def main(argv: list[str]) -> int:
         folder = arguments.out / recipe.name
         folder.mkdir(parents=True, exist_ok=True)
         before = read_record(folder / "record.json")
+        if restarted and before["status"] == "ok":  # a rank died after rank 0 had written it
+            return 0
         if restarted and rank == 0 and before["kind"] and not may_restart(before):  # torchrun restarts whatever fails
             print(f"launch.train: not again: {printable(before['reason'])}", file=sys.stderr)
             return 1

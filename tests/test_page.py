@@ -503,6 +503,7 @@ def test_each_run_tells_its_recipe_command_versions_and_hardware(open_page: Open
     found["fsdp-tp"]["checkpoint"] = costs | {"lives": [{"first_step": 1, "last_step": 8}, {"first_step": 7}]}
     found["fsdp-tp"]["environment"]["cluster"] = "alpha"
     found["fsdp-tp"]["labels"] = {"job_id": "4711", "tags": ["nightly", "h100"], "note": "new NCCL"}
+    found["fsdp-tp"]["goodput"] |= {"fraction": 0.5, "total_seconds": 60.0}
     page = open_page(found)
     page.locator("#runs").get_by_role("link", name="fsdp-tp").click()
     details = page.locator("#details")
@@ -518,6 +519,7 @@ def test_each_run_tells_its_recipe_command_versions_and_hardware(open_page: Open
     expect(details).to_contain_text("memory and trafficof step 2")
     waited = "training waited 0.356 s for each, 2.25 s in the background"
     expect(details).to_contain_text(f"checkpoints3 saves of 17.7 MiB; {waited}; 2 lives")
+    expect(details).to_contain_text("goodput50 % of 60 s")
     expect(details).to_contain_text(empty_record("a")["environment"]["torch"])
 
 

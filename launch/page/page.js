@@ -275,6 +275,7 @@ function detailsOf(run) {
   const mfu = flops.mfu === null ? whyNoMfu(run) && `none: ${whyNoMfu(run)}` : format(flops.mfu);
   const facts = [
     ["status", run.status], ["MFU", mfu], ["steps", stepsInWords(run)], ["checkpoints", checkpointsInWords(run.checkpoint)],
+    ["goodput", run.checkpoint && isNumber(run.goodput.fraction) ? `${format(run.goodput.fraction)} of ${axisFormat.format(run.goodput.total_seconds)} s` : undefined],
     ["memory and traffic", memory && isNumber(memory.step) ? `of step ${memory.step}` : null],
     ["about the memory", memory?.note ?? undefined], ["layout", run.layout], ["ranks", run.world_size], ["hardware", run.hardware],
     ["device", environment.device], ["backend", environment.backend], ["engine", environment.engine], ["torch", environment.torch], ["Python", environment.python],

@@ -24,14 +24,20 @@ MEASURED = ("startup_seconds", "parity_seconds", "save_seconds", "lost_seconds")
 def read_lives(folder: Path) -> list[dict[str, Any]] | None:
     """The lives of a run so far, in order, from its folder; None where it has none."""
     with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
-        lives = json.loads((folder / LIVES).read_text(encoding="utf-8"))
-        if isinstance(lives, list) and all(isinstance(life, dict) for life in lives):
-            numbers = [step.get("step") for step in read_steps(folder / "steps.jsonl")[-1:]]
-            for life in lives[-1:]:
-                first = life["first_step"] if life["first_step"] is not None else float("inf")
-                life["last_step"] = next((n for n in numbers if isinstance(n, int) and n >= first), None)
-            return lives
+        lives = _written(folder)
+        numbers = [step.get("step") for step in read_steps(folder / "steps.jsonl")[-1:]]
+        for life in lives[-1:]:
+            first = life["first_step"] if life["first_step"] is not None else float("inf")
+            life["last_step"] = next((n for n in numbers if isinstance(n, int) and n >= first), None)
+        return lives
     return None
+
+
+def _written(folder: Path) -> list[dict[str, Any]]:
+    lives = json.loads((folder / LIVES).read_text(encoding="utf-8"))
+    if not isinstance(lives, list) or not all(isinstance(life, dict) for life in lives):
+        raise ValueError(f"{LIVES} is no list of lives")
+    return lives
 
 
 def start_life(folder: Path, *, layout: Mapping[str, int], started: float) -> None:
@@ -72,9 +78,9 @@ def begin_training(
 
 def add_save(folder: Path, seconds: float) -> None:
     """The last life has waited so long for a save. On rank 0 alone."""
-    if lives := read_lives(folder):
-        lives[-1]["save_seconds"] += seconds
-        write_json(folder / LIVES, lives)
+    lives = _written(folder)
+    lives[-1]["save_seconds"] += seconds
+    write_json(folder / LIVES, lives)
 
 
 def close_life(folder: Path) -> str | None:

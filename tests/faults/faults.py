@@ -60,7 +60,9 @@ KINDS = {
     "SIGUSR1": Kind(2, r"failed: stopped by SIGUSR1 after step 6, and saved: --resume goes on", SAVED),
     "straggler": Kind(1, "done", WENT_ON),
     "hang": Kind(2, rf"timeout: not done in {HANG_SECONDS:g} s .*ranks? .*{{r}} gave no stack", RESTARTED),
-    "exit 0": Kind(2, r"failed: rank {r} ended with exit code 0 before the run was done", RESTARTED),
+    "exit 0": Kind(
+        2, r"failed: (rank {r} ended with exit code 0 before|every rank ended well, but none wrote)", RESTARTED
+    ),
     "NaN": Kind(1, r"failed: rank \d: Diverged: step 6 gave loss \S+ and gradient norm nan", STOPPED),
     "out of memory": Kind(2, r"oom: rank {r}: RuntimeError: .*can't allocate memory", RESTARTED),
     "full disk": Kind(
