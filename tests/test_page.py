@@ -977,7 +977,7 @@ def test_report_writes_the_page_beside_the_table(tmp_path: Path, capsys: pytest.
     assert main(["report", str(tmp_path / "results"), "--html", str(page)]) == 0
     assert page.is_file()
     shown = capsys.readouterr().out
-    assert shown.startswith("today\n\n") and "\n\n\nyesterday\n\n" in shown and shown.count("Model own model") == 2
+    assert shown.startswith("today\n\n") and "\n\n\nyesterday\n\n" in shown and shown.count("Model none (") == 2
     assert [name for name, _ in find_records(tmp_path / "results")] == ["today/single", "yesterday/ddp"]
     assert main(["report", str(tmp_path / "results"), "--json"]) == 0
     assert [row["run"] for row in json.loads(capsys.readouterr().out)] == ["today/single", "yesterday/ddp"]
