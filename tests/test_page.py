@@ -305,6 +305,18 @@ def test_traffic_of_unknown_size_is_no_zero(open_page: Open) -> None:
     expect(page.locator("#chart-traffic .drawing")).to_contain_text("≥ 9.0")
 
 
+def test_traffic_within_hosts_and_to_others(open_page: Open) -> None:
+    record = complete_record("two-hosts")
+    for row, across in zip(record["traffic"], (0, 2**20, None), strict=True):
+        row["bytes_across_hosts"] = across
+    page = open_page({"two-hosts": record, "one-host": complete_record("one-host")})
+    rows = [row for row in numbers_of(page, "traffic") if row["run"] == "two-hosts"]
+    assert [row["MiB to other hosts"] for row in rows] == [0, 1, None]
+    name = "{mesh_dim} {collective}".format(**record["traffic"][1])
+    drawn = page.locator("#chart-traffic .drawing").text_content() or ""
+    assert f"{name} within hosts: 2.0" in drawn and f"{name} to other hosts: 1.0" in drawn
+
+
 def test_loss_curves_and_the_pipeline_as_it_ran(open_page: Open) -> None:
     page = open_page(complete_comparison())
     loss = numbers_of(page, "loss")

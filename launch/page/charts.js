@@ -206,8 +206,12 @@ function trafficChart(runs) {
   const total = (rows) => sum(rows.map(({ bytes_per_rank }) => bytes_per_rank));
   const [unit, size] = byteUnit(all.map(total));
   const format = formatter(all.map((rows) => total(rows) / size));
+  const segmentsOf = ({ mesh_dim, collective, bytes_per_rank, bytes_across_hosts: across }) => {
+    const [colour, name] = [colourOf(mesh_dim), `${mesh_dim} ${collective}`];
+    return across ? [[colour, bytes_per_rank - across, `${name} within hosts`], [colour, across, `${name} to other hosts`]] : [[colour, bytes_per_rank, name]];
+  };
   const stack = (rows) => rows && {
-    segments: dims.flatMap((dim) => rows.filter(({ mesh_dim }) => mesh_dim === dim).map((row) => [colourOf(dim), row.bytes_per_rank, `${dim} ${row.collective}`])),
+    segments: dims.flatMap((dim) => rows.filter(({ mesh_dim }) => mesh_dim === dim).flatMap(segmentsOf)),
     total: total(rows),
     atLeast: rows.some(isUnknown),
   };
@@ -221,7 +225,7 @@ function trafficChart(runs) {
     const same = JSON.stringify(measured.map(nameOf)) === JSON.stringify(predicted.map(nameOf));
     return same ? [measured, predicted].map((rows) => rows.map(({ bytes_per_rank }) => bytes_per_rank)) : [[total(measured)], []];
   });
-  const inUnit = (row) => (isNumber(row?.bytes_per_rank) ? row.bytes_per_rank / size : null);
+  const inUnit = (row, key = "bytes_per_rank") => (isNumber(row?.[key]) ? row[key] / size : null);
   const tableRows = (run) => {
     const [measured, predicted] = [measuredOf(run), predictedOf(run)];
     if (!measured && !predicted) return [[run.name, null, null, null, null]];
@@ -229,11 +233,12 @@ function trafficChart(runs) {
     const expected = new Map((predicted ?? []).map((row) => [nameOf(row), row]));
     const known = new Set((measured ?? []).map(nameOf));
     const extra = (predicted ?? []).filter((row) => !known.has(nameOf(row)));
-    const line = (row, own, theirs) => [run.name, row.mesh_dim, row.collective, own?.calls ?? null, inUnit(own), theirs?.calls ?? null, inUnit(theirs)];
+    const line = (row, own, theirs) => [run.name, row.mesh_dim, row.collective, own?.calls ?? null, inUnit(own), theirs?.calls ?? null, inUnit(theirs), inUnit(own, "bytes_across_hosts")];
     return [...(measured ?? []).map((row) => line(row, row, expected.get(nameOf(row)))), ...extra.map((row) => line(row, null, row))];
   };
-  const head = ["run", "mesh dimension", "collective", "calls per step", `${unit} per rank`, "predicted calls", `predicted ${unit}`];
-  const shown = anyPredicted ? head.length : 5;
+  const head = ["run", "mesh dimension", "collective", "calls per step", `${unit} per rank`, "predicted calls", `predicted ${unit}`, `${unit} to other hosts`];
+  const anyAcross = all.flat().some(({ bytes_across_hosts }) => bytes_across_hosts > 0);
+  const shown = [0, 1, 2, 3, 4, ...(anyPredicted ? [5, 6] : []), ...(anyAcross ? [7] : [])];
   return figure({
     id: "traffic",
     title: "Traffic",
@@ -244,8 +249,8 @@ function trafficChart(runs) {
       columns, unit: `${unit} per rank and step`, most: largest(all.map(total)) / size,
     })),
     table: () => ({
-      head: head.slice(0, shown),
-      rows: runs.flatMap(tableRows).map((row) => head.slice(0, shown).map((_, i) => row[i] ?? null)),
+      head: shown.map((i) => head[i]),
+      rows: runs.flatMap(tableRows).map((row) => shown.map((i) => row[i] ?? null)),
     }),
   });
 }
