@@ -107,9 +107,15 @@ def low_stretches(values: Sequence[float]) -> list[LowStretch]:
 
 
 def series_of(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """(cluster, devices, strategy, model and batch), in words."""
+    """(cluster, devices, strategy, model and batch), in words; a strategy's engine, too, where it is not the lab's."""
     devices = f"{number_in(record['layout']['world_size']) or 0:.0f}"
-    return cluster_of(record) or "unknown", devices, str(text_in(record["recipe"].get("name"))), shape_of(record)
+    name, engine = text_in(record["recipe"].get("name")), engine_of(record)
+    strategy = str(name) if engine == "native" else f"{name} by {engine}"
+    return cluster_of(record) or "unknown", devices, strategy, shape_of(record)
+
+
+def engine_of(record: Mapping[str, Any]) -> str:
+    return str(table_in(record["recipe"].get("engine")).get("name", "native"))[:100]
 
 
 def cluster_of(record: Mapping[str, Any]) -> str | None:

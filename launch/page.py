@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.folder import abandoned, variant_order
-from launch.history import cluster_of, cpu_of, find_drops, hardware_of, model_of, shape_of, time_of
+from launch.history import cluster_of, cpu_of, engine_of, find_drops, hardware_of, model_of, shape_of, time_of
 from launch.table import LONGEST_TEXT, layout_kind, number_in, picked, short_layout, table_in, text_in
 from parallel.measure.record import CATEGORIES, Memory, Record, read_record
 
@@ -129,6 +129,7 @@ def _run(identifier: str, record: Mapping[str, Any]) -> dict[str, Any]:
         "world_size": number_in(record["layout"]["world_size"]),
         "shape": shape_of(record),
         "model": model_of(record),
+        "engine": engine_of(record),
         "hardware": hardware_of(environment),
         "cluster": cluster_of(record),
         "time": time.timestamp() * 1000 if (time := time_of(record)) else None,

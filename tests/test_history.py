@@ -29,7 +29,9 @@ def test_a_series_is_a_cluster_a_number_of_devices_a_strategy_a_model_and_a_batc
     others[-1]["environment"]["cluster"] = "alpha"
     others.append(complete_record("fsdp", dp_shard=4))
     others[-1]["recipe"]["model"]["n_layers"] = 5
-    assert len({series_of(each) for each in (record, *others)}) == 6
+    others.append(complete_record("fsdp", dp_shard=4))
+    others[-1]["recipe"]["engine"] = {"name": "deepspeed"}
+    assert len({series_of(each) for each in (record, *others)}) == 7
     assert cluster_of(record) == "Test CPU, 2 cores" and cluster_of(others[3]) == "alpha, Test CPU"
 
 

@@ -773,6 +773,20 @@ def test_which_layout_is_best_on_how_many_devices(open_page: Open) -> None:
     assert page.locator("#chart-scaling .ideal").count() == page.locator("#chart-scaling .curve").count() == 6
 
 
+def test_engines_are_told_apart(open_page: Open) -> None:
+    records = {name: complete_record(name, factor) for name, factor in (("fsdp", 1.0), ("zero3", 2.0), ("odd", 3.0))}
+    records["zero3"]["recipe"]["engine"] = {"name": "deepspeed", "zero_stage": 3}
+    records["zero3"]["parity"] |= {"dtype": "float32", "max_rel_grad_diff": 5e-8}
+    records["odd"]["recipe"]["engine"] = 7
+    page = open_page(records)
+    assert any(line.endswith("they differ by at most 5.0e-8 in float64 or float32.") for line in found_in(page))
+    assert {row["name"]: row["engine"] for row in table_rows(page.locator("#runs"))} == {
+        **{"fsdp": "native", "zero3": "deepspeed", "odd": "native"},
+    }
+    page.locator("#engine").select_option("deepspeed")
+    assert names_in_table(page) == ["zero3"]
+
+
 def test_sorted_rows_are_one_list(open_page: Open) -> None:
     page = open_page(months(commits=2))
     assert page.locator("#runs tr.group").count() > 1

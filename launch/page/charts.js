@@ -298,7 +298,7 @@ function parityChart(runs) {
   return figure({
     id: "parity",
     title: "Parity with one process",
-    about: "Largest relative difference of any parameter's gradient of step 1 in float64, ‖g − g_ref‖ / ‖g_ref‖. Passed: at most 1e-10. Rounding gives 1e-15, a forgotten all-reduce 0.01 to 1.",
+    about: "Largest relative difference of any parameter's gradient of step 1, ‖g − g_ref‖ / ‖g_ref‖, in float64 (DeepSpeed: float32). Passed: at most 1e-10 (1e-5). Rounding gives 1e-15, a forgotten all-reduce 0.01 to 1.",
     missing: "Not measured in these runs.",
     body: judged.length > 0 && element("p", { class: "verdict" },
       element("strong", { class: failed.length ? "badge failed" : "badge" }, badge),

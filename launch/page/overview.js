@@ -53,7 +53,7 @@ function findings(runs) {
   const wrong = judged.filter((run) => !isGood(run));
   const worst = judged.filter((run) => isGood(run)).map(({ parity }) => parity.max_rel_grad_diff);
   if (wrong.length) say(`${wrong.length} of ${judged.length} FAILED the proof against one process: ${few(unique(wrong.map(({ name }) => name)), "strategies")}.`, { run: wrong[0], bad: true });
-  else if (judged.length) say(`${judged.length === 1 ? "The one run" : `All ${judged.length} runs`} that ${judged.length === 1 ? "was" : "were"} compared with one process ${judged.length === 1 ? "has" : "have"} its gradients: they differ by at most ${scientific(largest(worst))} in float64.`);
+  else if (judged.length) say(`${judged.length === 1 ? "The one run" : `All ${judged.length} runs`} that ${judged.length === 1 ? "was" : "were"} compared with one process ${judged.length === 1 ? "has" : "have"} its gradients: they differ by at most ${scientific(largest(worst))} in ${unique(judged.map(({ parity }) => parity.dtype ?? "an unknown precision")).join(" or ")}.`);
   const unfinished = runs.filter(({ status }) => status !== "ok");
   if (unfinished.length) say(`${plural(unfinished.length, "run")} did not end well: ${unique(unfinished.map(({ status }) => status)).join(", ")}.`, { bad: true });
   const drops = dropsOf(runs).filter(({ lasts }) => lasts);
@@ -174,7 +174,7 @@ function heatChart(runs) {
 /** Strategies seen on several numbers of devices, those of most devices and speed first: the best run on each. */
 function scaled(runs) {
   const known = runs.filter((run) => run.tokens_per_s !== null);
-  const byStrategy = Map.groupBy(known, (run) => JSON.stringify([run.cluster, run.model, run.name]));
+  const byStrategy = Map.groupBy(known, (run) => JSON.stringify([run.cluster, run.model, run.name, run.engine]));
   return [...byStrategy.values()].map((own) => {
     const best = [...Map.groupBy(own, ({ world_size }) => world_size).values()].map((some) => some.reduce((a, b) => (b.tokens_per_s > a.tokens_per_s ? b : a)));
     return best.sort((a, b) => a.world_size - b.world_size);
@@ -187,7 +187,7 @@ function scalingChart(series, speed) {
   const known = series.map((points) => points.filter((run) => of(run) !== null)).filter((points) => points.length > 1);
   const drawn = known.slice(0, MOST_LINES);
   const efficiency = ([first], run) => (run.tokens_per_s / run.world_size / (first.tokens_per_s / first.world_size)) * 100;
-  const label = namesOf(known, [(run) => run.name, (run) => run.cluster, (run) => run.model]);
+  const label = namesOf(known, [(run) => run.name, (run) => run.engine, (run) => run.cluster, (run) => run.model]);
   const counts = unique(drawn.flat().map((run) => run.world_size)).sort((a, b) => a - b);
   const curves = drawn.flatMap((points, i) => {
     const marks = points.map((run) => ({ x: run.world_size, y: of(run), tip: `${label(points)}, ${run.layout}: ${axisFormat.format(of(run))}${speed ? ` tokens/s, efficiency ${axisFormat.format(efficiency(points, run))} %` : " % MFU"}` }));
@@ -277,7 +277,7 @@ function tradeChart(all) {
 // ---- over time -----------------------------------------------------------------------------------------------------
 
 const BY_ID = new Map(RUNS.map((run) => [run.id, run]));
-const seriesOf = (run) => JSON.stringify([run.cluster, run.world_size, run.name, run.shape]);
+const seriesOf = (run) => JSON.stringify([run.cluster, run.world_size, run.name, run.engine, run.shape]);
 
 const dropsOf = (runs) => {
   const shown = new Set(runs.map(({ id }) => id));
@@ -313,7 +313,7 @@ function historyChart(all, low) {
   const commits = unique(inOrder.map(commitOf));
   const byCommit = state.axis !== "time" && !commits.includes(null) && commits.length > 1;
   const at = byCommit ? (run) => commits.indexOf(commitOf(run)) : (run) => run.time;
-  const label = namesOf(all, [(run) => run.name, (run) => plural(run.world_size, "device"), (run) => run.cluster, (run) => run.model, BATCH]);
+  const label = namesOf(all, [(run) => run.name, (run) => run.engine, (run) => plural(run.world_size, "device"), (run) => run.cluster, (run) => run.model, BATCH]);
   const curves = drawn.map((series, i) => {
     const places = unique(series.map(at));
     const ofPlace = places.map((place) => series.filter((run) => at(run) === place).map(value));

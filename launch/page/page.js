@@ -6,6 +6,7 @@ const COLUMNS = [ // better: which end of a column is the good one, if one is
   { key: "name", head: "name", text: (run) => run.name },
   { key: "status", head: "status", text: (run) => (isMeasured(run) ? run.status : `${run.status}, dry run`) },
   { key: "layout", head: "layout", text: (run) => run.layout },
+  { key: "engine", head: "engine", text: (run) => run.engine, flat: true },
   { key: "cluster", head: "cluster", text: (run) => run.cluster, flat: true },
   { key: "devices", head: "devices", number: (run) => run.world_size, format: String, flat: true },
   { key: "shape", head: "model and batch", text: (run) => run.shape, flat: true },
@@ -50,7 +51,7 @@ function splitColumns(runs) {
   const telling = others.filter((column) => {
     const text = runs.length ? inCell(column, runs[0]) : undefined;
     const tells = runs.some((run) => inCell(column, run) !== text); // most columns do so within a few rows
-    if (runs.length < 2 ? !column.flat : tells || column.key === state.sort) return !(column.flat && grouped && column.key !== "devices");
+    if (runs.length < 2 ? !column.flat : tells || column.key === state.sort) return !(column.flat && grouped && !["devices", "engine"].includes(column.key));
     if (!column.flat && text !== undefined) same.push([column.head.replace("\n", " "), text]);
     return false;
   });
@@ -337,7 +338,7 @@ function startFilters() {
   const form = $("#filters");
   form.addEventListener("submit", (event) => event.preventDefault());
   form.append(element("label", {}, "Find ", element("input", { type: "search", id: "query", placeholder: "name, layout, tag …", autocomplete: "off", oninput: filter("query") })));
-  const names = { cluster: "Cluster", devices: "Devices", model: "Model", strategy: "Strategy", status: "Status", comparison: "Comparison" };
+  const names = { cluster: "Cluster", devices: "Devices", model: "Model", strategy: "Strategy", engine: "Engine", status: "Status", comparison: "Comparison" };
   for (const [facet, name] of Object.entries(names)) {
     const values = valuesOf(facet);
     if (values.length < 2) continue;

@@ -105,6 +105,7 @@ const FACETS = {
   devices: (run) => run.world_size,
   model: (run) => run.model,
   strategy: (run) => run.name,
+  engine: (run) => run.engine,
   status: (run) => run.status,
   comparison: (run) => run.comparison || null,
 };
