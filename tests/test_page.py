@@ -797,6 +797,7 @@ def test_sorted_rows_are_one_list(open_page: Open) -> None:
     speeds = [row["speed\ntokens/s"] for row in rows]
     assert speeds == sorted(speeds, reverse=True) and len(speeds) == 48
     assert {row["cluster"] for row in rows} == {"alpha", "beta", "gamma"}
+    assert {row["global\nbatch"] for row in rows} == {64, 128} and "model" not in rows[0]  # the same in all
 
 
 def test_what_is_shown_can_be_saved(open_page: Open) -> None:

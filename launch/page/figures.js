@@ -83,9 +83,9 @@ function ticksTo(most, wanted) {
 /** A row per run: names to the left, marks on a shared axis, numbers to the right.
  *
  * rows: {run, lines: [{mark(x, y, height) -> nodes, or null, cells: [text], tag, why}]}; columns: heads of the cells.
- * scale: {x(fraction function), ticks}. On a narrow screen the name is above its marks.
+ * On a narrow screen the name is above its marks.
  */
-function rowChart(width, { rows, columns, unit, most, lineHeight = 20, scale, extra }) {
+function rowChart(width, { rows, columns, unit, most, lineHeight = 20 }) {
   const severalGroups = !state.sort && new Set(rows.map(({ run }) => run.group)).size > 1;
   const longest = Math.max(...rows.map(({ run }) => labelOf(run).length));
   const narrow = width < 460 || longest * 6.6 + 12 > width * 0.4; // then a name is above its bar, in full
@@ -95,9 +95,8 @@ function rowChart(width, { rows, columns, unit, most, lineHeight = 20, scale, ex
   const shownColumns = width < 460 ? columns.slice(0, 1) : columns;
   const left = nameWidth + tagWidth;
   const right = width - shownColumns.length * cellWidth;
-  const ticks = scale ? scale.ticks : ticksTo(most, narrow ? 3 : 5);
-  const position = scale ? scale.position : (value) => value / ticks.at(-1);
-  const x = (value) => left + Math.max(0, Math.min(1, position(value))) * (right - left - 14);
+  const ticks = ticksTo(most, width < 460 ? 3 : 5);
+  const x = (value) => left + Math.max(0, Math.min(1, value / ticks.at(-1))) * (right - left - 14);
   const body = shape("g");
   let y = 24;
   let group = null;
@@ -126,11 +125,10 @@ function rowChart(width, { rows, columns, unit, most, lineHeight = 20, scale, ex
   const axis = shape("g");
   for (const tick of ticks) {
     axis.append(shape("line", { x1: x(tick), x2: x(tick), y1: 20, y2: y, class: "gridline" }));
-    axis.append(shape("text", { x: x(tick), y: y + 14, class: "soft middle" }, scale?.label ? scale.label(tick) : axisFormat.format(tick)));
+    axis.append(shape("text", { x: x(tick), y: y + 14, class: "soft middle" }, axisFormat.format(tick)));
   }
   axis.append(shape("text", { x: (left + right) / 2, y: y + 31, class: "soft middle" }, unit));
   shownColumns.forEach((head, i) => axis.append(shape("text", { x: right + (i + 1) * cellWidth, y: 12, class: "soft end" }, head)));
-  if (extra) axis.append(...extra(x, 20, y));
   return shape("svg", { width, height: y + 38, viewBox: `0 0 ${width} ${y + 38}` }, axis, body);
 }
 
@@ -149,8 +147,9 @@ function labelOf(run) {
 
 /** Curves over a shared x.
  *
- * curves: {x, y, series, dash, title, marks: [{x, y, tip, bad}]}. xTicks, yTicks: [[value, label]], in place of round
- * numbers. scale: {x, y: Math.log2 where it is no line}.
+ * curves: {x, y, series, dash, title, line: class of the path, marks: [{x, y, tip, bad, label}]}. xTicks: [[value, label]],
+ * in place of round numbers; scale: {x, y}, Math.log2 where an axis is logarithmic; xAtLeast: how far the axis reaches;
+ * extra({x, y, ...}): more to draw below the curves.
  */
 function lineChart(width, { curves, xUnit, yUnit, xTicks, fromZero, xFromZero, xAtLeast, scale = {}, extra }) {
   const height = Math.round(Math.min(340, Math.max(220, width * 0.4)));

@@ -4,7 +4,6 @@
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const RUNS = DATA.runs;
 const unfolded = (text) => JSON.parse(text); // curves and timelines, which are long: read for the runs that are drawn
-const PARITY_LIMIT = 1e-10; // relative difference of float64 gradients; rounding gives 1e-15
 const MOST_ROWS = 100; // of the table, until all are asked for
 const MOST_DRAWN = 40; // runs in a chart
 const MOST_TIMELINES = 8;
