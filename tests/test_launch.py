@@ -711,7 +711,7 @@ def test_settings_may_be_written_either_way_and_the_command_line_has_the_last_wo
     [
         ([], "give a command: check, run, dry-run, compare, report"),
         (["chekc", "base.toml"], "unknown command 'chekc'; did you mean check?"),
-        (["submit", "base.toml"], "unknown command 'submit'; known: check, run, dry-run, compare, report"),
+        (["plan", "base.toml"], "unknown command 'plan'; known: check, run, dry-run, compare, report"),
         (["run"], "the following arguments are required: RECIPE"),
         (["run", "base.toml", "--sett", "a=b"], "unknown argument '--sett' of lab run; did you mean --set?"),
         (
