@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,18 @@ PACKAGE_PARENT = re.compile(r"/(?:[^/\s\"']+/)*?(?=(?:site-packages|dist-package
 
 def record_error(recipe: Recipe, folder: Path, rank: int, error: BaseException) -> None:
     """Records what ended this rank's training, unless another rank has told its reason."""
-    text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
-    if PEER_LOST.search(text):
+    causes = list(_causes(error))  # a pipeline of torch wraps what went wrong in a stage
+    texts = [" ".join(f"{type(cause).__name__}: {cause}".split()).removesuffix(":")[:1000] for cause in causes]
+    if any(map(PEER_LOST.search, texts)):
         _let_peer_speak(folder / "record.json")
-    record_failure(recipe, folder, "oom" if is_out_of_memory(error) else "failed", f"rank {rank}: {text[:1000]}")
+    status = "oom" if any(map(is_out_of_memory, causes)) else "failed"
+    record_failure(recipe, folder, status, f"rank {rank}: {', because of '.join(dict.fromkeys(texts))}")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def record_failure(recipe: Recipe, folder: Path, status: str, reason: str) -> bool:

@@ -24,7 +24,7 @@ from launch.compare import load_comparison, on_one_device
 from launch.folder import recipe_toml
 from launch.table import WIDTH, row, table
 from launch.terminal import n_bytes, printable
-from launch.verdict import is_out_of_memory, place
+from launch.verdict import is_out_of_memory, place, record_error
 from parallel.measure.record import new_record, read_record, write_record
 from parallel.recipe import RecipeError, load_recipe, recipe_from_tables
 from parallel.transformer import Transformer
@@ -536,6 +536,15 @@ def test_running_out_of_memory_is_told_from_other_errors() -> None:
         torch.empty(2**62, dtype=torch.uint8)
     assert is_out_of_memory(refused.value)
     assert not is_out_of_memory(RuntimeError("out of luck"))
+
+
+def test_what_torch_s_pipeline_wraps_is_seen(tmp_path: Path) -> None:
+    error = RuntimeError("[Stage 1] failed to run forward")
+    error.__cause__ = MemoryError("no room")
+    record_error(load_recipe(RECIPES / "strategies" / "pp-1f1b.toml"), tmp_path, 2, error)
+    record = read_record(tmp_path / "record.json")
+    told = "rank 2: RuntimeError: [Stage 1] failed to run forward, because of MemoryError: no room"
+    assert (record["status"], record["reason"]) == ("oom", told)
 
 
 # ---- comparisons ---------------------------------------------------------------------------------------------------
