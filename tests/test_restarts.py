@@ -20,7 +20,7 @@ from test_launch import Lab, children, lab, rank  # noqa: F401  # lab is a fixtu
 
 from launch.folder import abandoned, under_way
 from launch.table import table
-from launch.verdict import may_restart
+from launch.verdict import PEER_LOST, may_restart, record_error
 from parallel.checkpoint.files import candidates, step_folder
 from parallel.measure.lives import NO_RECORD, close_life, goodput, read_lives, start_life
 from parallel.measure.record import Goodput, new_record, read_record, read_steps, write_json, write_record
@@ -69,6 +69,20 @@ def test_a_run_that_diverged_would_diverge_again() -> None:
     assert not ended("failed", "rank 0: Diverged: step 3 gave loss nan and gradient norm nan; the run has diverged")
     assert not ended("ok", "") and not ended("refused", "train.device = 'cuda': ...")
     assert ended("failed", "rank 1: ValueError: Diverged: not so") and ended("timeout", "") and ended("oom", "")
+
+
+def test_what_ended_a_rank_is_told_with_its_cause(tmp_path: Path) -> None:
+    """torch's pipelines say which stage failed, and why in the cause alone: here, that another rank is gone."""
+    try:
+        try:
+            raise RuntimeError("Connection closed by peer")
+        except RuntimeError as cause:
+            raise RuntimeError(f"[Stage 1] failed to run forward: {'x' * 2000}") from cause
+    except RuntimeError as error:
+        record_error(recipe_from_tables({}), tmp_path, 2, error)
+    reason = read_record(tmp_path / "record.json")["reason"]
+    assert reason.startswith("rank 2: RuntimeError: [Stage 1] failed") and len(reason) < 1200
+    assert reason.endswith("x, because of RuntimeError: Connection closed by peer") and PEER_LOST.search(reason)
 
 
 def test_a_wrong_number_of_restarts_is_one_line(lab: Lab) -> None:  # noqa: F811

@@ -75,6 +75,10 @@ KINDS = {
 }
 
 
+def wanted_of(kind: str, recipe: Recipe) -> Kind:
+    return KINDS["lost store" if kind == "lost peers" and recipe.world_size == 1 else kind]  # it has no peers
+
+
 class Watched(Starter):
     """A Starter that remembers what it has started."""
 
@@ -133,7 +137,7 @@ def meet(kind: str, rank: int, recipe: Recipe, out: Path, starter: Watched, expe
     ends = [life["ended"] for life in lives]
     if not (out / "fault.met").exists():
         return f"the fault was not met: {ends}"
-    wanted = KINDS["lost store" if kind == "lost peers" and recipe.world_size == 1 else kind]
+    wanted = wanted_of(kind, recipe)
     if len(lives) != wanted.lives or not re.match(wanted.says.format(r=rank), ends[0]):
         return f"lives ended so: {ends}"
     if starter.left_running():
@@ -213,7 +217,10 @@ def main() -> int:
                 rank = (row + column) % recipe.world_size
                 out = arguments.out / name / kind.replace(" ", "-")
                 wrong = results[name][kind] = meet(kind, rank, recipe, out, starter, expected)
-                print(f"{time.monotonic() - start:6.0f} s  {name}, {kind}: {wrong or KINDS[kind].end}", flush=True)
+                print(
+                    f"{time.monotonic() - start:6.0f} s  {name}, {kind}: {wrong or wanted_of(kind, recipe).end}",
+                    flush=True,
+                )
                 write(arguments.table, results, recipes, arguments.kinds, None, time.monotonic() - start)
         killed = kills(arguments.kills, arguments.out / "kills", starter) if arguments.kills else None
     if killed:
@@ -239,11 +246,12 @@ def write(
         "",
         "Written by `make faults`. Each cell is a run of 8 steps, saved after every second; one rank meets the fault",
         "at step 6. *Exact*: all losses and gradient norms are those of the undisturbed run, to the digit. The line",
-        "that tells of the fault must be the one that the kind asks for, and no process may be left.",
+        "that tells of the fault must be the one that the kind asks for, and no process may be left. `single` has no",
+        "peers to lose, and goes on.",
         "",
         f"{sum(text is None for text in cells)} of {len(cells)} cells are as they should be"
         f" ({len(results)} of {len(recipes)} strategies x {len(kinds)} kinds, {seconds / 60:.0f} minutes on"
-        f" {available_cores()} cores of {here.cpu}, torch {here.torch}, commit {here.git_commit}).",
+        f" {available_cores()} cores of {here.cpu}, torch {here.torch}, {str(here.time_utc)[:10]}).",
         "",
         "| fault | came of it | strategies |",
         "|---|---|---|",
