@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # The first of these that is Python 3.11 or later.
 PYTHONS := python3 python3.13 python3.12 python3.11 python
 
-.PHONY: compare first-look engines test faults bench gpu setup clean
+.PHONY: compare first-look engines test test-long faults bench gpu setup clean
 
 compare: setup  ## the main job: every strategy on one model, proven against one process
 	$(BIN)/lab compare recipes/compare/strategies.toml
@@ -26,6 +26,9 @@ test: setup  ## linters, types, and every test
 	@mkdir -p runs
 	$(BIN)/python -m pytest --junit-xml=runs/tests.xml
 	@echo "report: $(CURDIR)/runs/tests.xml"
+
+test-long: setup  ## what `make test` leaves out: further cases of what it has tested
+	$(BIN)/python -m pytest -m long
 
 faults: setup  ## every kind of fault under every strategy, and 200 kills in a row: an hour; writes docs/faults.md
 	rm -rf runs/faults

@@ -77,7 +77,9 @@ def test_what_is_there_is_not_run_again(rehearsed: tuple[Path, str]) -> None:
     assert "ddp2" in said and "ddp2" in again
 
 
-@pytest.mark.parametrize("case", ["ddp2", "fsdp2", "tp2", "pp2"])
+@pytest.mark.parametrize(
+    "case", ["fsdp2", *(pytest.param(case, marks=pytest.mark.long) for case in ("ddp2", "tp2", "pp2"))]
+)
 def test_a_round_against_a_loop_by_hand(case: str) -> None:
     row = run("bench.py", "--rounds", "1", "--steps", "4", case).splitlines()[-1].split()
     assert row[0] == case and all(float(number) > 0 for number in (row[1], row[2]))

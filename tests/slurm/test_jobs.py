@@ -24,7 +24,7 @@ set = { "parallel.dp_shard" = 1, "parallel.tp" = 1 }
 """
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "srun", "srun, one GPU a task"])
+@pytest.mark.parametrize("launcher", ["torchrun", "srun", pytest.param("srun, one GPU a task", marks=pytest.mark.long)])
 def test_a_recipe_is_trained_on_two_nodes(lab: Lab, launcher: str) -> None:
     own = "one_gpu_per_task = true" if "one" in launcher else ""
     lab.site(f'launcher = "{launcher.partition(",")[0]}"\n{own}\n[environment]\nOMP_NUM_THREADS = "2"')

@@ -44,7 +44,7 @@ def whole(lab: Lab, losses: list[float], *, lives: int) -> None:
     assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+@pytest.mark.parametrize("launcher", ["srun", pytest.param("torchrun", marks=pytest.mark.long)])
 def test_an_early_warning_saves_the_run_and_queues_it_again(lab: Lab, losses: list[float], launcher: str) -> None:
     lab.site(f'launcher = "{launcher}"')
     job = lab.submit("small.toml", *SAVING)["job"]
