@@ -56,7 +56,7 @@ def train(
             matmul = "highest"
         elif matmul is None:
             before = last_readable(out) if resume_from == out else None  # the same run stays exactly the same
-            found = before.float32_matmul if before else faster_float32_matmul() if dist.get_rank() == 0 else ""
+            found = before.float32_matmul if before else _faster_float32_matmul(recipe) if dist.get_rank() == 0 else ""
             matmul = gathered(found)[0]
         with float32_matmul(matmul):
             return train_in_group(
@@ -219,6 +219,13 @@ def _begin_life(
         same_run=same_run,
         parity_seconds=parity_seconds,
     )
+
+
+def _faster_float32_matmul(recipe: Recipe) -> str:
+    """For the attention of one of the recipe's ranks."""
+    model, parallel = recipe.model, recipe.parallel
+    heads, seq_len = max(1, model.n_heads // parallel.tp), recipe.train.seq_len // parallel.cp
+    return faster_float32_matmul(heads=heads, seq_len=seq_len, head_dim=model.head_dim)
 
 
 def _ceiling(recipe: Recipe, device: torch.device) -> float:

@@ -129,18 +129,28 @@ def test_ceiling_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rates", "exact_to", "chosen"),
+    ("rates", "attention", "exact_to", "chosen"),
     [
-        ({"highest": 100e9, "medium": 240e9}, 1e-6, "medium"),
-        ({"highest": 100e9, "medium": 105e9}, 1e-6, "highest"),  # noise
-        ({"highest": 100e9, "medium": 240e9}, 1e-9, "highest"),  # as where "medium" is bfloat16
+        ({"highest": 100e9, "medium": 240e9}, {"highest": 2e-5, "medium": 2e-5}, 1e-6, "medium"),
+        ({"highest": 100e9, "medium": 240e9}, {"highest": 2e-5, "medium": 2e-4}, 1e-6, "highest"),  # many small ones
+        ({"highest": 100e9, "medium": 105e9}, {"highest": 2e-5, "medium": 2e-5}, 1e-6, "highest"),  # noise
+        # As where "medium" is bfloat16.
+        ({"highest": 100e9, "medium": 240e9}, {"highest": 2e-5, "medium": 2e-5}, 1e-9, "highest"),
     ],
 )
 def test_float32_products_are_the_faster_ones_that_are_exact(
-    monkeypatch: pytest.MonkeyPatch, rates: dict[str, float], exact_to: float, chosen: str
+    monkeypatch: pytest.MonkeyPatch, rates: dict[str, float], attention: dict[str, float], exact_to: float, chosen: str
 ) -> None:
     before = torch.get_float32_matmul_precision()
     monkeypatch.setattr(hardware, "LARGEST_ERROR", exact_to)
     monkeypatch.setattr(hardware, "matmul_ceiling", lambda *_, seconds: rates[torch.get_float32_matmul_precision()])
-    assert hardware.faster_float32_matmul() == chosen
+    seen = []
+
+    def seconds(shape: tuple[int, ...]) -> float:
+        seen.append(shape)
+        return attention[torch.get_float32_matmul_precision()]
+
+    monkeypatch.setattr(hardware, "attention_seconds", seconds)
+    assert hardware.faster_float32_matmul(heads=8, seq_len=4096, head_dim=16) == chosen
+    assert seen == [(1, 8, 1024, 16)] * 2
     assert torch.get_float32_matmul_precision() == before

@@ -12,10 +12,12 @@ from importlib.resources import files
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from parallel.measure.record import available_cores
 
 PRECISIONS = ("highest", "medium")  # of float32 products in torch; on a CPU "medium" lets oneDNN do them
+LONGEST_ATTENTION = 1024  # tokens; its products are large then
 LARGEST_ERROR = 1e-6  # relative, against float64
 CEILING_SECONDS = 0.3  # per measurement; long enough to catch a moment in which nothing else runs
 CPU_SIZES = (256, 512, 1024)
@@ -90,19 +92,35 @@ def float32_matmul(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def faster_float32_matmul() -> str:
+def faster_float32_matmul(*, heads: int, seq_len: int, head_dim: int) -> str:
     """That one of PRECISIONS which is clearly faster on this CPU, if it is as exact as float32 should be.
+
+    And if it is not slower in the small products of a rank's attention, (1, heads, seq_len, head_dim): there oneDNN can
+    take ten times as long, with what it does before each.
 
     Where a CPU does "medium" in bfloat16, its error tells.
     """
     a, b = torch.randn(2, 512, 512)
     exact = a.double() @ b.double()
-    rates = {}
+    rates, seconds = {}, {}
+    shape = (1, heads, min(seq_len, LONGEST_ATTENTION), head_dim)
     for precision in PRECISIONS:
         with float32_matmul(precision):
             error = ((a @ b).double() - exact).norm() / exact.norm()
             rates[precision] = matmul_ceiling(torch.device("cpu"), torch.float32, seconds=CEILING_SECONDS / 5)
-    return "medium" if error <= LARGEST_ERROR and rates["medium"] > 1.1 * rates["highest"] else "highest"
+            seconds[precision] = attention_seconds(shape)
+    faster = rates["medium"] > 1.1 * rates["highest"] and seconds["medium"] <= 1.1 * seconds["highest"]
+    return "medium" if error <= LARGEST_ERROR and faster else "highest"
+
+
+def attention_seconds(shape: tuple[int, int, int, int]) -> float:
+    """Of causal attention in float32 on this CPU: the least of several. shape: (B, H, T, E)."""
+    q, best = torch.randn(shape), float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        F.scaled_dot_product_attention(q, q, q, is_causal=True)
+        best = min(best, time.perf_counter() - start)
+    return best
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype, *, seconds: float | None = None) -> float:
