@@ -23,8 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from parallel.assemble import attention_kernel, whole_model
-from parallel.engines.engine import adamw, environment
+from parallel.engines.engine import adamw, environment, model_of_averages, over_microbatches
 from parallel.measure.observer import Observer
 from parallel.recipe import Recipe, RecipeError
 
@@ -38,10 +37,7 @@ class AccelerateEngine:
     def __init__(self, recipe: Recipe, *, mesh: DeviceMesh, device: torch.device) -> None:
         self.recipe, self.mesh = recipe, mesh
         self.observers: list[Observer] = []
-        train = recipe.train
-        self._times = recipe.n_microbatches * recipe.world_size  # see above
-        scale = self._times / (train.global_batch * train.seq_len)
-        self._whole = whole_model(recipe, device=device, scale=scale)
+        self._whole = model_of_averages(recipe, device)
         self._accelerator = _accelerator(recipe, device)
         prepared: Any = self._accelerator.prepare(self._whole, adamw(recipe, self._whole.parameters()))
         self._model, self._optimizer = prepared
@@ -51,18 +47,15 @@ class AccelerateEngine:
 
     def gradients(self, tokens: Tensor, targets: Tensor) -> Tensor:
         self._optimizer.zero_grad()
-        total = torch.zeros((), dtype=torch.float64, device=tokens.device)
-        microbatches = (tensor.split(self.recipe.micro_batch) for tensor in (tokens, targets))
-        with attention_kernel(self.recipe.train.attention):
-            for inputs, wanted in zip(*microbatches, strict=True):
-                with self._accelerator.accumulate(self._model):
-                    with record_function("forward"):
-                        loss = self._model(inputs, wanted)
-                    with record_function("backward"):
-                        self._accelerator.backward(loss)
-                total += loss.detach()
-        dist.all_reduce(total)
-        return total / self._times
+        return over_microbatches(self.recipe, tokens, targets, one=self._microbatch)
+
+    def _microbatch(self, i: int, tokens: Tensor, targets: Tensor) -> Tensor:
+        with self._accelerator.accumulate(self._model):
+            with record_function("forward"):
+                loss: Tensor = self._model(tokens, targets)
+            with record_function("backward"):
+                self._accelerator.backward(loss)
+        return loss
 
     def update(self) -> Tensor:
         largest = self.recipe.train.grad_clip or math.inf

@@ -13,14 +13,12 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import record_function
 
-from parallel.assemble import attention_kernel, whole_model
-from parallel.engines.engine import adamw
+from parallel.engines.engine import adamw, model_of_averages, over_microbatches
 from parallel.measure.observer import Observer
 from parallel.recipe import Recipe, RecipeError
 
@@ -37,10 +35,7 @@ class DeepSpeedEngine:
     def __init__(self, recipe: Recipe, *, mesh: DeviceMesh, device: torch.device) -> None:
         self.recipe, self.mesh = recipe, mesh
         self.observers: list[Observer] = []
-        train = recipe.train
-        self._times = recipe.n_microbatches * recipe.world_size  # see above
-        scale = self._times / (train.global_batch * train.seq_len)
-        self._whole = whole_model(recipe, device=device, scale=scale)
+        self._whole = model_of_averages(recipe, device)
         self._named = list(self._whole.named_parameters())
         self.optimizer = adamw(recipe, self._whole.parameters())
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -56,19 +51,16 @@ class DeepSpeedEngine:
             raise RecipeError("engine.name", "deepspeed", remedy)
 
     def gradients(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=tokens.device)
-        microbatches = [tensor.split(self.recipe.micro_batch) for tensor in (tokens, targets)]
-        with attention_kernel(self.recipe.train.attention):
-            for i, (inputs, wanted) in enumerate(zip(*microbatches, strict=True)):
-                if i > 0:
-                    self._engine.step()  # counts: it updates after the last one alone
-                with record_function("forward"):
-                    loss = self._engine(inputs, wanted)
-                with record_function("backward"):
-                    self._engine.backward(loss)
-                total += loss.detach()
-        dist.all_reduce(total)
-        return total / self._times
+        return over_microbatches(self.recipe, tokens, targets, one=self._microbatch)
+
+    def _microbatch(self, i: int, tokens: Tensor, targets: Tensor) -> Tensor:
+        if i > 0:
+            self._engine.step()  # counts: it updates after the last one alone
+        with record_function("forward"):
+            loss: Tensor = self._engine(tokens, targets)
+        with record_function("backward"):
+            self._engine.backward(loss)
+        return loss
 
     def update(self) -> Tensor:
         norm = None
