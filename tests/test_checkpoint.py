@@ -175,14 +175,14 @@ def digits(steps: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 def test_any_layout_goes_on_from_any_other(
     ranks: Ranks, tmp_path: Path, source: str, target: str, model: dict[str, Any]
 ) -> None:
-    """The same layout to the last digit; another with the same bits, as if nothing had happened."""
+    """With the same bits, as if nothing had happened. (The same layout, to the last digit: test_trajectories.py.)"""
     batch = max(LAYOUTS[layout].get("train", {}).get("global_batch", 8) for layout in (source, target))
     here, there = (
         recipe_of(layout, model=model, train=dict(global_batch=batch) | LAYOUTS[layout].get("train", {}))
         for layout in (source, target)
     )
     whole = lived(ranks, here, tmp_path / "a")
-    first, last = content(tmp_path / "a", 3), content(tmp_path / "a", 6)
+    first = content(tmp_path / "a", 3)
     with torch.device("meta"):
         names = {name for name, _ in Transformer(here.model, seq_len=16).named_parameters()}
     assert first.keys() == {f"{name}{key}" for name in names for key in ("", ".exp_avg", ".exp_avg_sq", ".step")}
@@ -196,9 +196,6 @@ def test_any_layout_goes_on_from_any_other(
     assert [step["loss"] for step in other] == pytest.approx([step["loss"] for step in whole[3:]], abs=1e-12)
     norms = [[step["grad_norm"] for step in steps] for steps in (other, whole[3:])]
     assert norms[0] == pytest.approx(norms[1], rel=1e-10)
-
-    same = lived(ranks, here, tmp_path / "a", tmp_path / "a")
-    assert digits(same) == digits(whole) and same_bits(last, content(tmp_path / "a", 6))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

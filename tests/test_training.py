@@ -33,9 +33,8 @@ LAYOUTS = {
     "cp": dict(parallel=dict(cp=2)),
     "pp, tied": dict(parallel=dict(pp=2), model=dict(tied_embeddings=True)),
     "zbv, tied": dict(parallel=dict(pp=2), pipeline=dict(schedule="zbv"), model=dict(tied_embeddings=True)),
-    "hsdp·tp": dict(parallel=dict(dp_replicate=2, dp_shard=2, tp=2), model=dict(vocab_size=67)),
+    "fsdp·tp": dict(parallel=dict(dp_shard=2, tp=2), model=dict(vocab_size=67)),
     "pp·fsdp·tp": dict(parallel=dict(pp=2, dp_shard=2, tp=2)),
-    "pp·ddp·cp": dict(parallel=dict(pp=2, dp_replicate=2, cp=2)),
 }
 
 
@@ -51,17 +50,6 @@ def trained(ranks: Ranks, out: Path, sections: dict[str, Any], **train: Any) -> 
     record = ranks(recipe.world_size, run, recipe, str(out))[0]
     assert record["status"] == "ok" and record["parity"]["passed"]
     return record["steps"]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_losses_and_norms_stay_those_of_one_process(ranks: Ranks, tmp_path: Path, layout: str) -> None:
-    """With clipping at work, so a norm that misses a shard or counts one twice shows in the next step's loss."""
-    sections = LAYOUTS[layout]
-    steps = trained(ranks, tmp_path, sections)
-    alone = trained(ranks, tmp_path, {"model": sections.get("model", {})})
-    for key in ("loss", "grad_norm"):
-        assert [step[key] for step in steps] == pytest.approx([step[key] for step in alone], rel=1e-9)
-    assert steps[0]["grad_norm"] > 0.2  # clipping halves it at least
 
 
 def test_one_process_trains_as_a_plain_torch_loop(ranks: Ranks, tmp_path: Path) -> None:
@@ -85,7 +73,7 @@ def test_one_process_trains_as_a_plain_torch_loop(ranks: Ranks, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("adamw", ["fused", "foreach", "for-loop"])
-@pytest.mark.parametrize("layout", ["tp", "tp without sp", "hsdp·tp"])
+@pytest.mark.parametrize("layout", ["tp", "tp without sp", "fsdp·tp"])
 def test_every_adamw_steps_alike(ranks: Ranks, tmp_path: Path, layout: str, adamw: str) -> None:
     steps = trained(ranks, tmp_path, LAYOUTS[layout], adamw=adamw)
     reference = trained(ranks, tmp_path, {"model": LAYOUTS[layout].get("model", {})}, adamw="for-loop")
@@ -171,8 +159,8 @@ def test_what_trains_is_proven_too_where_float64_has_other_kernels(ranks: Ranks,
 
 
 def test_float32_trains_to_the_same_losses(ranks: Ranks, tmp_path: Path) -> None:
-    steps = trained(ranks, tmp_path, LAYOUTS["hsdp·tp"], dtype="float32")
-    alone = trained(ranks, tmp_path, {"model": LAYOUTS["hsdp·tp"]["model"]}, dtype="float32")
+    steps = trained(ranks, tmp_path, LAYOUTS["fsdp·tp"], dtype="float32")
+    alone = trained(ranks, tmp_path, {"model": LAYOUTS["fsdp·tp"]["model"]}, dtype="float32")
     assert [step["loss"] for step in steps] == pytest.approx([step["loss"] for step in alone], abs=1e-4)
 
 
