@@ -2,7 +2,8 @@
 
     torchrun --standalone --nproc-per-node 4 -m launch.train recipes/strategies/fsdp.toml --set train.steps=5
 
-With `torchrun --max-restarts`, and `lab run --max-restarts`, a life after the first goes on from the last checkpoint.
+With `torchrun --max-restarts`, with `lab run --max-restarts`, and in a job that Slurm has queued again, a life after
+the first goes on from the last checkpoint.
 
 Exit codes: 0 done, 1 failed, 2 the recipe or the command line is wrong, 75 stopped by SIGTERM or SIGUSR1 with a
 checkpoint to --resume from (where checkpoint.every is above 0). On SIGUSR2 it writes its stack to stderr.
@@ -39,6 +40,8 @@ from parallel.measure.lives import start_life
 from parallel.measure.record import read_record
 from parallel.recipe import Recipe, RecipeError, load_recipe
 
+RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+
 
 def main(argv: list[str]) -> int:
     faulthandler.enable()  # where native code crashes, it says from which line
@@ -48,7 +51,7 @@ def main(argv: list[str]) -> int:
     try:
         read_srun()
         rank, world_size = (_from_environment(key, default) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-        restarted = _from_environment("TORCHELASTIC_RESTART_COUNT", 0) > 0
+        by_torchrun, by_slurm = (_from_environment(key, 0) > 0 for key in RESTART_COUNTS)
         parser = Parser(prog="launch.train", description=__doc__)
         parser.add_argument("recipe", metavar="RECIPE", help="a TOML file; see recipes/")
         add_settings(parser)
@@ -67,9 +70,12 @@ def main(argv: list[str]) -> int:
         folder = arguments.out / recipe.name
         folder.mkdir(parents=True, exist_ok=True)
         before = read_record(folder / "record.json")
-        if restarted and before["status"] == "ok":  # a rank died after rank 0 had written it
+        restarted = by_torchrun or by_slurm
+        # A job's first life may have ended before it had removed the record of an older run.
+        written = by_torchrun or (by_slurm and before["labels"]["job_id"] == os.environ.get("SLURM_JOB_ID"))
+        if written and before["status"] == "ok":  # a rank died after rank 0 had written it
             return 0
-        if restarted and rank == 0 and before["kind"] and not may_restart(before):  # torchrun restarts whatever fails
+        if written and rank == 0 and before["kind"] and not may_restart(before):  # torchrun restarts whatever fails
             print(f"launch.train: not again: {printable(before['reason'])}", file=sys.stderr)
             return 1
         resume_from = resumed_run(

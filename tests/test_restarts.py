@@ -171,6 +171,21 @@ def test_torchrun_does_not_restart_what_diverged(lab: Lab) -> None:  # noqa: F81
     assert not lab.pids.exists()
 
 
+def test_a_job_that_slurm_has_queued_again_goes_on(lab: Lab) -> None:  # noqa: F811
+    """Without --resume; and a record of another job, which was there before, is not taken for its own."""
+    folder, again = lab.folder / "runs" / "good", dict(SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
+    folder.mkdir(parents=True)
+    settings = ("base.toml", "--set", "name=good", "--set", "parallel.dp_shard=1")
+    record = new_record({"name": "good"}) | {"status": "ok"}
+    write_record(folder / "record.json", record | {"labels": record["labels"] | {"job_id": "7"}})
+    assert rank(lab, *settings, RANK="0", WORLD_SIZE="1", **again) == (0, "") and not lab.pids.exists()
+    write_record(folder / "record.json", record | {"labels": record["labels"] | {"job_id": "6"}})
+    (folder / "checkpoints" / "step-00000003").mkdir(parents=True)
+    (folder / "checkpoints" / "step-00000003" / "checkpoint.json").write_text("{")
+    code, err = rank(lab, *settings, RANK="0", WORLD_SIZE="1", **again)
+    assert (code, "holds no checkpoint that can be read" in err) == (2, True), err  # it has looked for one
+
+
 def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text('[data]\nsource = "synthetic"\n')
     with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as taken:
