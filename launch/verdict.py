@@ -47,10 +47,12 @@ def record_error(recipe: Recipe, folder: Path, rank: int, error: BaseException) 
     """Records what ended this rank's training, unless another rank has told its reason."""
     causes = list(_causes(error))  # a pipeline of torch wraps what went wrong in a stage
     texts = [" ".join(f"{type(cause).__name__}: {cause}".split()).removesuffix(":")[:1000] for cause in causes]
-    if any(map(PEER_LOST.search, texts)):
+    reason = f"rank {rank}: {', because of '.join(dict.fromkeys(texts))}"
+    # What diverges does so on every rank, and rank 0 has the step in steps.jsonl when it says so.
+    if any(map(PEER_LOST.search, texts)) or (rank > 0 and DIVERGED.match(reason)):
         _let_peer_speak(folder / "record.json")
     status = "oom" if any(map(is_out_of_memory, causes)) else "failed"
-    record_failure(recipe, folder, status, f"rank {rank}: {', because of '.join(dict.fromkeys(texts))}")
+    record_failure(recipe, folder, status, reason)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
