@@ -8,8 +8,8 @@ from testbed import Testbed
 
 from parallel.measure.record import read_record, read_steps
 
-STEPS = 120
-SAVING = ("--set", f"train.steps={STEPS}", "--set", "checkpoint.every=20", "--set", "train.parity=false")
+STEPS = 60
+SAVING = ("--set", f"train.steps={STEPS}", "--set", "checkpoint.every=10", "--set", "train.parity=false")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_an_early_warning_saves_the_run_and_queues_it_again(lab: Lab, losses: li
     job = lab.submit("small.toml", *SAVING)["job"]
     n_lives = 3 if launcher == "srun" else 2
     for life in range(1, n_lives):
-        lab.until("runs/small", past(10 * life))
+        lab.until("runs/small", past(8 * life))
         lab.slurm("scancel", "--batch", "--signal=USR1", job)
         lab.until("runs/small", lambda rows, life=life: rows[0]["requeued"] == life)
     [row] = lab.until("runs/small", ended)
@@ -62,7 +62,7 @@ def test_an_early_warning_saves_the_run_and_queues_it_again(lab: Lab, losses: li
 def test_after_so_many_requeues_it_ends_and_says_how_to_go_on(lab: Lab, losses: list[float]) -> None:
     lab.site('launcher = "srun"\nrequeues = 0')
     job = lab.submit("small.toml", *SAVING)["job"]
-    lab.until("runs/small", past(10))
+    lab.until("runs/small", past(8))
     lab.slurm("scancel", "--batch", "--signal=USR1", job)
     [row] = lab.until("runs/small", ended)
     assert row["state"] == "failed" and row["reason"].startswith("failed: stopped by SIGTERM after step "), row
@@ -85,7 +85,7 @@ def test_a_warning_does_not_end_a_run_that_cannot_save_itself(lab: Lab) -> None:
 
 def test_a_job_that_a_higher_partition_preempts_goes_on_when_that_is_done(lab: Lab, losses: list[float]) -> None:
     job = lab.submit("small.toml", *SAVING)["job"]
-    lab.until("runs/small", past(10))
+    lab.until("runs/small", past(8))
     urgent = ("--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null")
     higher = lab.slurm("sbatch", "--parsable", *urgent, "--wrap=hostname").stdout.strip()
     lab.slurm.wait_for(higher, "COMPLETED", seconds=90)
@@ -98,7 +98,7 @@ def test_a_job_that_a_higher_partition_preempts_goes_on_when_that_is_done(lab: L
 @pytest.mark.parametrize("node", ["n2", "n1"])  # the second of the job, and the head, on which its script runs
 def test_a_node_dies_amid_a_step_and_others_take_over(lab: Lab, losses: list[float], node: str) -> None:
     job = lab.submit("small.toml", *SAVING)["job"]
-    lab.until("runs/small", past(25))
+    lab.until("runs/small", past(12))
     lab.slurm.do(f"kill {node}")
     try:
         lab.until("runs/small", lambda rows: rows[0]["requeued"] == 1)
@@ -112,7 +112,7 @@ def test_a_node_dies_amid_a_step_and_others_take_over(lab: Lab, losses: list[flo
 def test_a_job_that_may_not_be_queued_again_fails_with_its_node(lab: Lab) -> None:
     job = lab.submit("small.toml", *SAVING)["job"]
     lab.slurm("scontrol", "update", f"JobId={job}", "Requeue=0")
-    lab.until("runs/small", past(25))
+    lab.until("runs/small", past(12))
     lab.slurm.do("kill n2")
     try:
         [row] = lab.until("runs/small", ended)
