@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from parallel.engines.engine import run_step
 from parallel.engines.native import NativeEngine
 from parallel.kinds import distinct_ranks
+from parallel.measure.accelerators import Peak
 from parallel.measure.counters import Counters, Measures, fill_in
-from parallel.measure.hardware import Peak
 from parallel.measure.observer import Step
 from parallel.measure.record import Record
 from parallel.mesh import build_mesh

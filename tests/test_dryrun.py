@@ -16,7 +16,7 @@ from parallel.engines.engine import run_step
 from parallel.engines.native import NativeEngine
 from parallel.kinds import distinct_ranks, scaled
 from parallel.measure.counters import Counters, Measures
-from parallel.measure.flops import model_flops_per_token
+from parallel.measure.model_flops import model_flops_per_token
 from parallel.measure.observer import Step
 from parallel.mesh import build_mesh
 from parallel.recipe import SCHEDULES, Recipe, RecipeError, load_recipe

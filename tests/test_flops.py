@@ -17,8 +17,9 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from parallel.assemble import assemble
 from parallel.batches import rows_of_replica
 from parallel.measure import record
-from parallel.measure.flops import FlopCounter, flops_section, model_flops_per_token
-from parallel.measure.hardware import Peak
+from parallel.measure.accelerators import Peak
+from parallel.measure.flops import FlopCounter, flops_section
+from parallel.measure.model_flops import model_flops_per_token
 from parallel.mesh import build_mesh
 from parallel.recipe import PRESETS, SCHEDULES, Model, Recipe
 from parallel.strategies import context

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from parallel.measure import hardware
-from parallel.measure.hardware import ACCELERATORS, matmul_ceiling, peak_flops, peak_of_rank
+from parallel.measure.accelerators import ACCELERATORS, peak_flops
+from parallel.measure.hardware import matmul_ceiling, peak_of_rank
 
 CPU = torch.device("cpu")
 

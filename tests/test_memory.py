@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from parallel.assemble import Assembled, assemble
 from parallel.batches import rows_of_replica
+from parallel.measure.accelerators import Peak
 from parallel.measure.counters import Measures, fill_in
-from parallel.measure.hardware import Peak
 from parallel.measure.memory import MemoryTracker, allocator_peaks, reset_allocator_peaks
 from parallel.measure.record import CATEGORIES, Record
 from parallel.mesh import build_mesh

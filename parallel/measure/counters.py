@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.actions import Action
+from parallel.measure.accelerators import Peak
 from parallel.measure.flops import FlopCounter, flops_section
-from parallel.measure.hardware import Peak
 from parallel.measure.memory import MemoryTracker, allocator_peaks, reset_allocator_peaks
 from parallel.measure.observer import Observer, Step, nested
 from parallel.measure.record import Memory, Record

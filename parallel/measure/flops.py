@@ -5,17 +5,18 @@ docs/measures.md derives each formula. One multiplication and one addition are 2
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parallel.measure.hardware import Peak
+from parallel.measure.accelerators import Peak
+from parallel.measure.model_flops import model_flops_per_token
 from parallel.measure.record import Flops
 from parallel.measure.traffic import by_name
-from parallel.recipe import Model, Recipe
+from parallel.recipe import Recipe
 
 aten = torch.ops.aten
 
@@ -26,21 +27,6 @@ DEFINITION = (
     " of queries x keys, 2 products forward and 5 backward (it computes the scores again)."
     " mfu, mfu_causal, hfu = FLOPs of a step / (median step seconds x ranks x peak FLOP/s of a rank's device)."
 )
-
-
-class ModelFlops(NamedTuple):
-    """Of forward and backward, per token."""
-
-    full: int  # attention counted as if every token saw all s
-    causal: int  # attention counted by half
-
-
-def model_flops_per_token(model: Model, *, seq_len: int) -> ModelFlops:
-    """What training on one token of a sequence of `seq_len` takes, in any layout (PaLM, arXiv:2204.02311, app. B)."""
-    # Tied or not, the output projection is a product.
-    weights = model.n_layers * model.block_matrices + model.vocab_size * model.d_model
-    pairs = model.n_layers * model.d_model * seq_len
-    return ModelFlops(full=6 * weights + 12 * pairs, causal=6 * weights + 6 * pairs)
 
 
 # ---- what ran ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from parallel.collectives import gathered
-from parallel.measure.flops import model_flops_per_token
+from parallel.measure.model_flops import model_flops_per_token
 from parallel.mesh import local_part, slice_like, split_dim
 from parallel.recipe import Recipe
 from parallel.transformer import Transformer, cross_entropy
