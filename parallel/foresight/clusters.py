@@ -1,0 +1,184 @@
+"""What a recipe would run on: an accelerator, links in a node and between nodes, and software, from small files.
+
+A catalogue lies beside this file; a user's own is named by its path. Peaks and memory of an accelerator are not said
+again: parallel/measure/accelerators.toml has them by its name.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from parallel.foresight.constants import Generation
+from parallel.foresight.price import TILE, Rates
+from parallel.measure.accelerators import ACCELERATORS, Peak, peak_flops
+from parallel.recipe import RecipeError, read_toml
+from parallel.recipe.sections import Section, option
+
+Origin = Literal["measured", "published", "assumed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device(Section):
+    """[device]: what one rank computes with."""
+
+    matmul_tflops: float = option(0.0, "best product in bfloat16 or float16", minimum=0)
+    matmul_float8_tflops: float = option(0.0, "the same in 8 bits; 0: not known", minimum=0)
+    matmul_float32_tflops: float = option(0.0, "the same in float32; 0: not known", minimum=0)
+    memory_gb_per_s: float = option(0.0, "bandwidth of its memory, 10^9 bytes/s", minimum=1)
+    multiprocessors: int = option(0, "that share a product", minimum=1)
+    generation: Generation = option("other", "whose fitted constants hold")
+    origin: Origin = option("assumed", "where these are from")
+    source: str = option("", "the same in words")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Links(Section):
+    """[links]: how ranks talk, by the bus bandwidth of large all-reduces and the time of an empty one."""
+
+    inside_gb_per_s: float = option(0.0, "in a node, 10^9 bytes/s", minimum=0.001)
+    inside_us: float = option(40.0, "in a node, microseconds", minimum=0)
+    across_gb_per_s: float = option(
+        0.0, "one rank's share of the node's network, each way, 10^9 bytes/s", minimum=0.001
+    )
+    across_us: float = option(60.0, "between nodes, microseconds", minimum=0)
+    origin: Origin = option("assumed", "where these are from")
+    source: str = option("", "the same in words")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Software(Section):
+    """[software]: what trains there, for two programs of one layout differ more than two layouts of one program."""
+
+    profile: str = option("torch", "a named one of software.toml; the keys below go before it")
+    attention_gain: float = option(
+        1.0, "rate of its attention, held against kernels of the second generation", minimum=0.01, maximum=10
+    )
+    launches: float = option(40.0, "kernels in a block's forward", minimum=0)
+    launch_us: float = option(8.0, "of the host, for each", minimum=0)
+    operator_share: float = option(1.3, "bytes that pass between products, of what one kernel each would", minimum=0)
+    logit_bytes: float = option(40.0, "that pass through memory for each logit", minimum=0)
+    tensor_hidden: float = option(0.0, "part of tp's messages that products hide", minimum=0, maximum=1)
+    pipeline_hidden: float = option(0.0, "part of the pipeline's messages that is hidden", minimum=0, maximum=1)
+    data_hidden: float = option(1.0, "part of weights' and gradients' messages that can hide", minimum=0, maximum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    name: str
+    accelerator: str  # as torch.cuda.get_device_name gives it; "cpu"
+    ranks_per_node: int
+    memory_gib: float
+    device: Device
+    links: Links
+    software: Software
+
+    def peak(self, dtype: str) -> Peak:
+        """Of one rank's device. On a CPU its best product is the peak, as in a measured run."""
+        if self.accelerator == "cpu":
+            return Peak(self.matmul_flops(dtype), f"cluster {self.name}: its best product")
+        return peak_flops(self.accelerator, dtype)
+
+    def matmul_flops(self, dtype: str) -> float | None:
+        """FLOP/s of the best product in `dtype`; None where the file does not say."""
+        suffix = {"float32": "_float32", "float8": "_float8"}.get(dtype, "")
+        return getattr(self.device, f"matmul{suffix}_tflops") * 1e12 or None
+
+    def rates(self, dtype: str) -> Rates:
+        """Raises RecipeError where the cluster's file has no rate of products in `dtype`."""
+        flops = self.matmul_flops(dtype) if dtype != "float64" else None
+        if flops is None:
+            raise RecipeError("train.dtype", dtype, f"the cluster {self.name} has no rate for it; see [device] there")
+        device, links, software = self.device, self.links, self.software
+        return Rates(
+            matmul_flops=flops,
+            memory_bytes_per_s=device.memory_gb_per_s * 1e9,
+            wave_elements=device.multiprocessors * TILE,
+            # On a CPU ranks_per_node is its cores, which any number of ranks of one host share.
+            node_ranks=2**24 if self.accelerator == "cpu" else self.ranks_per_node,
+            inside_bytes_per_s=links.inside_gb_per_s * 1e9,
+            inside_seconds=links.inside_us * 1e-6,
+            across_bytes_per_s=links.across_gb_per_s * 1e9,
+            across_seconds=links.across_us * 1e-6,
+            # Attention's kernels for 8 bits are not in use: its rate is of 16.
+            attention_gain=software.attention_gain
+            * ((self.matmul_flops("bfloat16") or flops) / flops if dtype == "float8" else 1),
+            launch_seconds=software.launch_us * 1e-6,
+            launches=software.launches,
+            operator_share=software.operator_share,
+            logit_bytes=software.logit_bytes,
+            tensor_hidden=software.tensor_hidden,
+            pipeline_hidden=software.pipeline_hidden,
+            data_hidden=software.data_hidden,
+        )
+
+
+def _packaged(name: str) -> dict[str, Any]:
+    return tomllib.loads(files("parallel.foresight").joinpath(name).read_text(encoding="utf-8"))
+
+
+PROFILES: dict[str, dict[str, Any]] = _packaged("software.toml")
+CATALOGUE = sorted(
+    path.name.removesuffix(".toml") for path in files("parallel.foresight").joinpath("catalogue").iterdir()
+)
+TABLES = {"device": Device, "links": Links, "software": Software}
+KEYS = ("name", "accelerator", "ranks_per_node", "memory_gib", *TABLES)
+
+
+def load_cluster(name_or_path: str) -> Cluster:
+    """One of the CATALOGUE by name, or the file at a path. Raises RecipeError."""
+    if name_or_path in CATALOGUE:
+        return cluster_from_tables(_packaged(f"catalogue/{name_or_path}.toml"), default_name=name_or_path)
+    if "/" not in name_or_path and not name_or_path.endswith(".toml"):
+        remedy = f"is no cluster of the catalogue ({', '.join(CATALOGUE)}) and no path of a .toml file"
+        raise RecipeError("--cluster", name_or_path, remedy)
+    return cluster_from_tables(read_toml(name_or_path), default_name=Path(name_or_path).stem)
+
+
+def cluster_from_tables(tables: Mapping[str, Any], *, default_name: str) -> Cluster:
+    """Validates parsed TOML. Raises RecipeError at the first thing that is wrong."""
+    for key, value in tables.items():
+        _refuse_unknown(key, value, KEYS)
+    for section in ("device", "links"):
+        if section not in tables:
+            raise RecipeError(section, None, f"is missing; write [{section}] with keys below it, as in the catalogue")
+    read: dict[str, Any] = {}
+    for name, cls in TABLES.items():
+        table: Any = tables.get(name, {})
+        if not isinstance(table, dict):
+            raise RecipeError(name, table, f"is a section; write [{name}] with keys below it")
+        for key, value in table.items():
+            _refuse_unknown(key, value, [field.name for field in dataclasses.fields(cls)], prefix=f"{name}.")
+        if name == "software":
+            profile = table.get("profile", "torch")
+            if not isinstance(profile, str) or profile not in PROFILES:
+                raise RecipeError("software.profile", profile, f"choose {', '.join(PROFILES)}")
+            table = PROFILES[profile] | {"profile": profile} | table
+        read[name] = cls(**table)
+    called, accelerator = tables.get("name", default_name), tables.get("accelerator", "")
+    if not isinstance(accelerator, str):
+        raise RecipeError("accelerator", accelerator, 'give its name, as "NVIDIA H200"')
+    if accelerator != "cpu" and accelerator not in ACCELERATORS and "memory_gib" not in tables:
+        remedy = "is not in parallel/measure/accelerators.toml; give its exact name, or memory_gib of one beside it"
+        raise RecipeError("accelerator", accelerator, remedy)
+    known = ACCELERATORS.get(accelerator)
+    memory = tables.get("memory_gib", known.memory_bytes / 2**30 if known else 0)
+    ranks = tables.get("ranks_per_node", 0)
+    if not isinstance(ranks, int) or isinstance(ranks, bool) or not 1 <= ranks <= 100_000:
+        raise RecipeError("ranks_per_node", ranks, "give how many ranks share fast links, as 8")
+    if not isinstance(memory, int | float) or isinstance(memory, bool) or not 0 < memory <= 1e6:
+        raise RecipeError("memory_gib", memory, "give the memory of one accelerator in GiB, as 80")
+    if not isinstance(called, str) or not called.isprintable() or not 0 < len(called) <= 100:
+        raise RecipeError("name", called, "give a short line of text")
+    return Cluster(name=called, accelerator=accelerator, ranks_per_node=ranks, memory_gib=float(memory), **read)
+
+
+def _refuse_unknown(key: str, value: Any, known: "tuple[str, ...] | list[str]", *, prefix: str = "") -> None:
+    if key not in known:
+        close = difflib.get_close_matches(str(key)[:100], known, n=1)
+        hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(known)}"
+        raise RecipeError(f"{prefix}{key}", value, f"unknown key; {hint}")
