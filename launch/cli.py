@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from launch.commands import check, checkpoint, compare, dry_run, preflight, report, run, status, submit
+from launch.commands import check, checkpoint, compare, dry_run, plan, preflight, report, run, status, submit
 from launch.supervisor import Interrupted, Stopped
 from launch.terminal import CommandError, Parser, did_you_mean, printable
 from launch.verdict import STOPPED
@@ -16,6 +16,7 @@ COMMANDS = {
     "check": check,
     "run": run,
     "dry-run": dry_run,
+    "plan": plan,
     "compare": compare,
     "report": report,
     "checkpoint": checkpoint,
@@ -31,6 +32,8 @@ EXAMPLES = """examples:
                                                        does every rank fit? dry-runs one of each kind
   lab dry-run recipes/large/llama3-8b-fsdp.toml --world-size 1024
                                                        memory and traffic of a rank, from this machine alone
+  lab plan recipes/large/llama3-8b-fsdp.toml --cluster h100 --ranks 64
+                                                       the best layouts there, foretold, and how sure
   lab compare recipes/compare/first-look.toml          a table of four strategies in a minute
   lab report runs --html page.html                     a page of every result in a folder
   lab run recipes/tiny.toml --set checkpoint.every=5   saves itself; --resume goes on, in any layout

@@ -57,6 +57,7 @@ CONTRACT: dict[str, Any] = {
     "memory": {"per_rank", "max_peak_bytes", "min_peak_bytes", "step", "note"},
     "traffic": None,
     "labels": {"job_id", "tags", "note"},
+    "prediction": None,
     "pipeline": {"bubble_fraction", "bubble_fraction_ideal", "timeline"},
     "checkpoint": {"saves", "bytes", "waited_seconds", "background_seconds", "lives"},
     "goodput": {

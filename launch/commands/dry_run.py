@@ -9,6 +9,8 @@ from launch.compare import is_comparison
 from launch.folder import RUN_FILES, refuse_other_folder
 from launch.table import short_layout
 from launch.terminal import CommandError, add_settings, progress
+from parallel.foresight.clusters import load_cluster
+from parallel.foresight.prediction import Prediction, predict
 from parallel.measure.record import CATEGORIES, read_record, record_json, write_record
 from parallel.recipe import RecipeError, load_recipe, read_toml
 
@@ -20,6 +22,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--rank", metavar="R", type=int, default=0, help="which rank; default: 0")
     which.add_argument("--all-distinct-ranks", action="store_true", help="one rank of each kind")
+    where = "foretell the step there: a name of the catalogue, as h100, or a .toml file (docs/foresight.md)"
+    parser.add_argument("--cluster", metavar="CLUSTER", help=where)
     parser.add_argument("--out", metavar="DIR", type=Path, help="write DIR/<name>/record.json, too")
     add_settings(parser)
 
@@ -38,15 +42,37 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.world_size is not None:
         recipe = scaled(recipe, arguments.world_size)
+    prediction = None if arguments.cluster is None else predict(recipe, load_cluster(arguments.cluster))
     ranks = list(distinct_ranks(recipe)) if arguments.all_distinct_ranks else [arguments.rank]
     record = dry_run(recipe, ranks=ranks, say=lambda line: print(f"  {line}", file=sys.stderr, flush=True))
+    if prediction is not None:
+        prediction.fill_in(record)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_record(path, record)
-    print(record_json(record) if arguments.json else _in_words(record))
+    print(record_json(record) if arguments.json else "\n".join([_in_words(record), *_foretold(prediction)]))
     if path is not None:
         progress(arguments)(f"\n{path}")
     return 0
+
+
+def _foretold(prediction: Prediction | None) -> list[str]:
+    if prediction is None:
+        return []
+    it, shares = prediction, {"MFU": prediction.mfu, "causal": prediction.mfu_causal, "HFU": prediction.hfu}
+    known = [f"{name} {100 * value:.1f} %" for name, value in shares.items() if value is not None]
+    rates = ", ".join([f"{it.tokens_per_s:,.0f} tokens/s", *known])
+    return [
+        "",
+        f"foretold for {it.cluster}, by a closed form: {it.step_seconds:.4g} s a step"
+        f" ({it.low_seconds:.3g} to {it.high_seconds:.3g} in 90 of 100), {rates}",
+        *(
+            f"{term.name.replace('_', ' '):<20}{term.seconds:>12.4g} s   {term.rate_from}"
+            for term in it.terms
+            if term.seconds
+        ),
+        it.bottleneck,
+    ]
 
 
 def _in_words(record: dict[str, Any]) -> str:

@@ -1,0 +1,201 @@
+"""The best layouts of a recipe's model on a cluster, foretold; starts nothing."""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from launch.compare import is_comparison
+from launch.folder import recipe_toml
+from launch.table import short_layout
+from launch.terminal import CommandError, add_settings, printable
+from parallel.foresight.clusters import Cluster, load_cluster
+from parallel.foresight.plan import Choice, Plan, plan
+from parallel.foresight.prediction import WORDS
+from parallel.measure.record import record_json
+from parallel.recipe import Recipe, RecipeError, load_recipe, read_toml
+
+DRY_RUNS = 3  # of the best layouts, until one fits by it, too
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a TOML file: model, batch and type; its layout is not used")
+    where = "a name of the catalogue, as h100, or a .toml file (docs/foresight.md)"
+    parser.add_argument("--cluster", metavar="CLUSTER", required=True, help=where)
+    parser.add_argument("--ranks", metavar="N", type=int, required=True, help="accelerators")
+    parser.add_argument("--write", metavar="FILE", type=Path, help="the best layout, as a recipe")
+    parser.add_argument("--without-dry-run", action="store_true", help="memory by the closed form alone, in a second")
+    add_settings(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if is_comparison(read_toml(arguments.recipe)):
+        raise CommandError(f"{arguments.recipe} is a comparison; give one recipe")
+    if not 1 <= arguments.ranks <= 2**20:
+        raise RecipeError("--ranks", arguments.ranks, f"give how many accelerators, 1 to {2**20}")
+    if arguments.write is not None and arguments.write.exists():
+        raise RecipeError("--write", str(arguments.write), "is there already; give a new file")
+    cluster = load_cluster(arguments.cluster)
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    found = plan(recipe, cluster, ranks=arguments.ranks)
+    counted = None
+    if not arguments.without_dry_run:
+        found, counted = _dry_run_until_it_fits(found)
+    if arguments.write is not None:
+        best = dataclasses.replace(found.best[0].recipe, name=f"{recipe.name}-planned"[:100])
+        head = f"# The fastest layout of {recipe.name} on {arguments.ranks} ranks of {cluster.name}, by lab plan."
+        arguments.write.parent.mkdir(parents=True, exist_ok=True)
+        arguments.write.write_text(f"{printable(head)}\n\n{recipe_toml(best)}", encoding="utf-8")
+    if arguments.json:
+        print(record_json(_as_json(found, counted)))
+    else:
+        print(printable_lines(_in_words(found, recipe, cluster, arguments.ranks, counted)))
+        if arguments.write is not None:
+            print(f"\n{arguments.write}")
+    return 0
+
+
+def printable_lines(text: str) -> str:
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def _dry_run_until_it_fits(found: Plan) -> tuple[Plan, dict[str, int] | None]:
+    """The plan without those of its best that a dry run does not fit, and the memory of the first that it does.
+
+    Where it fits none of the first few, the plan as it is, and the memory of the last of them.
+    """
+    from parallel.dryrun import measure_each  # other commands live without torch
+    from parallel.kinds import distinct_ranks
+
+    for tries, choice in enumerate(found.best[:DRY_RUNS]):
+        kinds = list(distinct_ranks(choice.recipe))
+        ranks = sorted({kinds[0], kinds[-1]})  # the ends of a pipeline, one of which is fullest
+        print(
+            f"  dry run of {_layout(choice.recipe)}, rank {' and '.join(map(str, ranks))}", file=sys.stderr, flush=True
+        )
+        measured = dict(measure_each(choice.recipe, ranks, lambda _: None))
+        fullest = max(ranks, key=lambda rank: measured[rank].memory["peak_bytes"])
+        memory = {"rank": fullest, **measured[fullest].memory}
+        if memory["peak_bytes"] <= found.room_bytes:
+            return dataclasses.replace(found, best=found.best[tries:]), memory
+    return found, memory
+
+
+def _in_words(found: Plan, recipe: Recipe, cluster: Cluster, ranks: int, counted: dict[str, int] | None) -> str:
+    gib, best = 2**30, found.best[0]
+    head = ("", "layout", "schedule", "batch", "recompute", "step s", "90 %", "MFU %", "GiB", "")
+    rows = [head]
+    for i, choice in enumerate(found.best, start=1):
+        it = choice.prediction
+        rows.append(
+            (
+                *(f"{i}", _layout(choice.recipe), _schedule(choice.recipe)),
+                *(f"{choice.recipe.micro_batch}x{choice.recipe.n_microbatches}", _recompute(choice.recipe)),
+                *(f"{it.step_seconds:.3g}", f"{it.low_seconds:.3g}-{it.high_seconds:.3g}"),
+                *("-" if it.mfu is None else f"{100 * it.mfu:.1f}", f"{choice.peak_bytes / gib:.1f}"),
+                "tied" if choice.tied else "",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    it = best.prediction
+    parts = sorted((term for term in it.terms if term.seconds > 0.01 * it.step_seconds), key=lambda term: -term.seconds)
+    lines = [
+        f"{recipe.name} on {ranks} x {cluster.accelerator} (cluster {cluster.name}, {cluster.software.profile}):"
+        f" {found.considered:,} layouts, {found.fitting:,} fit into {found.room_bytes / gib:.4g} GiB",
+        "",
+        *table,
+        "",
+        "batch: sequences of a microbatch x microbatches. selective: keeps these. tied: cannot be told from the first.",
+        "GiB: of the fullest rank, by a closed form.",
+        "",
+        "The first: " + ", ".join(f"{term.seconds:.3g} s {WORDS[term.name][0]}" for term in parts) + ".",
+        it.bottleneck[0].upper() + it.bottleneck[1:] + ".",
+    ]
+    if counted is not None:
+        none = (
+            ""
+            if counted["peak_bytes"] <= found.room_bytes
+            else "None of the first ones fits by a dry run: of the last, "
+        )
+        lines.append(f"{none or 'By a dry run '}rank {counted['rank']} needs {counted['peak_bytes'] / gib:.4g} GiB.")
+    for choice in found.too_large:
+        lines.append(f"Faster, but too large: {_too_large(choice, found)}.")
+    lines += ["", _against_the_rule(found)]
+    return "\n".join(lines)
+
+
+def _too_large(choice: Choice, found: Plan) -> str:
+    gib, states, peak = 2**30, choice.state_bytes, choice.peak_bytes
+    what = "weights, gradients and moments" if states > found.room_bytes else "activations"
+    batch = f"{choice.recipe.micro_batch}x{choice.recipe.n_microbatches}"
+    needs = f"needs {peak / gib:.4g} GiB, {states / gib:.4g} of them weights, gradients and moments"
+    names = f"{_layout(choice.recipe)}, batch {batch}, recompute {_recompute(choice.recipe)}"
+    return f"{names}: {choice.prediction.step_seconds:.3g} s, but {needs}; its {what} are in the way"
+
+
+def _against_the_rule(found: Plan) -> str:
+    """What a rule of thumb takes, and why the first row differs: two sentences."""
+    rule, best, gib = found.rule, found.best[0], 2**30
+    if rule is None:
+        return f"A rule of thumb takes {found.rule_says}. Of that no recipe can be made: batch or shape do not divide."
+    seconds, ours = rule.prediction.step_seconds, best.prediction.step_seconds
+    fits = "which fits" if rule.peak_bytes <= found.room_bytes else f"which needs {rule.peak_bytes / gib:.4g} GiB"
+    batch = f"{rule.recipe.micro_batch}x{rule.recipe.n_microbatches}"
+    says = f"A rule of thumb takes {found.rule_says}: {_layout(rule.recipe)}, batch {batch}, {seconds:.3g} s, {fits}."
+    saved = {term.name: term.seconds for term in rule.prediction.terms}
+    for term in best.prediction.terms:
+        saved[term.name] -= term.seconds
+    most = max(saved, key=lambda name: saved[name])
+    if saved[most] <= 0:
+        return f"{says} It is what the first row does, or as fast."
+    why = f"{saved[most]:.3g} s less of {WORDS[most][0]}"
+    again = rule.recipe.recompute.mode != "none" and best.recipe.recompute.mode != rule.recipe.recompute.mode
+    recompute = f", and computes {'less' if best.recipe.recompute.mode != 'none' else 'nothing'} again" if again else ""
+    return f"{says} The first row takes {ours / seconds:.0%} of that time: it has {why}{recompute}."
+
+
+def _layout(recipe: Recipe) -> str:
+    return short_layout(vars(recipe.parallel) | {"world_size": recipe.world_size}) or ""
+
+
+def _schedule(recipe: Recipe) -> str:
+    """With what else the layout leaves open: stages a rank, how cp attends, whether FSDP keeps its weights."""
+    words = []
+    if recipe.parallel.pp > 1:
+        several = f" v{recipe.stages_per_rank}" if recipe.stages_per_rank > 1 else ""
+        words.append(f"{recipe.pipeline.schedule}{several}")
+    if recipe.parallel.cp > 1:
+        words.append(recipe.context.method)
+    if recipe.parallel.dp_shard > 1 and not recipe.sharding.reshard_after_forward:
+        words.append("keeps weights")
+    return ", ".join(words) or "-"
+
+
+def _recompute(recipe: Recipe) -> str:
+    mode = recipe.recompute.mode
+    return f"selective: {', '.join(recipe.recompute.save)}" if mode == "selective" else mode
+
+
+def _as_json(found: Plan, counted: dict[str, int] | None) -> dict[str, Any]:
+    def choice(one: Choice | None) -> dict[str, Any] | None:
+        if one is None:
+            return None
+        return {
+            "recipe": one.recipe.resolved(),
+            "prediction": dataclasses.asdict(one.prediction),
+            "peak_bytes": one.peak_bytes,
+            "state_bytes": one.state_bytes,
+            "tied": one.tied,
+        }
+
+    return {
+        "considered": found.considered,
+        "fitting": found.fitting,
+        "room_bytes": found.room_bytes,
+        "best": [choice(one) for one in found.best],
+        "too_large": [choice(one) for one in found.too_large],
+        "rule_of_thumb": {"says": found.rule_says, "choice": choice(found.rule)},
+        "dry_run": counted,
+    }
