@@ -112,7 +112,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         lines.append((" " * gap).join(fitted).rstrip())
     lines.insert(2, "-" * (sum(widths) + gap * (len(widths) - 1)))
     below = [text for record in records if (text := remark_on(record))]
-    below += _without_peak(records) + _noted_proofs(records)
+    below += _without_peak(records) + _noted_proofs(records) + _foretold(records)
     below += [text for record in records if (text := goodput_in_words(record))]
     return "\n".join([*lines, "", *below, *([""] if below else []), _wrapped(_compared(records)), _wrapped(LEGEND)])
 
@@ -125,6 +125,17 @@ def _without_peak(records: Sequence[Mapping[str, Any]]) -> list[str]:
         if shown["mfu"] is None and shown["step_seconds"]["median"] is not None and flops["peak_flops"] is None:
             names.setdefault(str(flops["peak_source"])[:LARGEST_REASON], []).append(_name(record)[:60])
     return [_wrapped(f"{', '.join(of_reason)}: no MFU: {reason}") for reason, of_reason in names.items()]
+
+
+def _foretold(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Rows whose speed was not measured, by the cluster for which it is foretold."""
+    names: dict[str, list[str]] = {}
+    for record in records:
+        if record["kind"] == "dry-run" and row(record)["step_seconds"]["median"] is not None:
+            cluster = str(table_in(record["prediction"]).get("cluster"))[:60]
+            names.setdefault(cluster, []).append(_name(record)[:60])
+    note = "not run; step s, MFU and HFU are foretold for cluster"
+    return [_wrapped(f"{', '.join(of_cluster)}: {note} {cluster}") for cluster, of_cluster in names.items()]
 
 
 def goodput_in_words(record: Mapping[str, Any]) -> str:

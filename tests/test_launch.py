@@ -718,15 +718,15 @@ def test_settings_may_be_written_either_way_and_the_command_line_has_the_last_wo
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ([], "give a command: check, run, dry-run, compare, report"),
+        ([], "give a command: check, run, dry-run, plan, compare, report"),
         (["chekc", "base.toml"], "unknown command 'chekc'; did you mean check?"),
-        (["plan", "base.toml"], "unknown command 'plan'; known: check, run, dry-run, compare, report"),
+        (["calibrate", "base.toml"], "unknown command 'calibrate'; known: check, run, dry-run, plan, compare, report"),
         (["run"], "the following arguments are required: RECIPE"),
         (["run", "base.toml", "--sett", "a=b"], "unknown argument '--sett' of lab run; did you mean --set?"),
         (
             ["dry-run", "base.toml", "--resume"],
             "unknown argument '--resume' of lab dry-run; "
-            "known: --all-distinct-ranks, --json, --out, --rank, --set, --world-size",
+            "known: --all-distinct-ranks, --cluster, --json, --out, --rank, --set, --world-size",
         ),
         (["run", "base.toml", "--resume"], "checkpoint.every = 0: keeps no checkpoints, and --resume finds none in"),
         (["check", "base.toml", "--out", "x"], "unknown argument '--out' of lab check; known: --json, --memory, --set"),

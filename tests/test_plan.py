@@ -111,7 +111,7 @@ def test_lab_plan_writes_a_recipe_that_can_be_checked(tmp_path: Path, capsys: py
     arguments = ["plan", str(LARGE / "llama3-8b-fsdp.toml"), "--cluster", "h100", "--ranks", "8", *SMALL]
     assert main([*arguments, "--write", str(file)]) == 0
     said = capsys.readouterr()
-    for words in ("layouts", "By a dry run rank", "A rule of thumb takes", "tied", "of the step is"):
+    for words in ("layouts", "By a dry run its rank", "A rule of thumb takes", "tied", "of the step is"):
         assert words in said.out
     written = load_recipe(file)
     assert written.world_size == 8 and written.name == "llama3-8b-fsdp-planned"
@@ -151,6 +151,8 @@ def test_a_dry_run_for_a_cluster_has_a_step_time(tmp_path: Path, capsys: pytest.
     record = read_record(tmp_path / "llama3-8b-fsdp" / "record.json")
     throughput, prediction = record["throughput"], record["prediction"]
     parts = throughput["step_parts"]
+    assert main(["report", str(tmp_path)]) == 0
+    assert "not run; step s, MFU and HFU are foretold for cluster h100" in " ".join(capsys.readouterr().out.split())
     assert sum(parts.values()) == pytest.approx(throughput["step_seconds"]["median"])
     assert prediction["low_seconds"] < throughput["step_seconds"]["median"] < prediction["high_seconds"]
     assert prediction["cluster"] == "h100" and all(term["rate_from"] for term in prediction["terms"])

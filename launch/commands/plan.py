@@ -3,12 +3,13 @@
 import argparse
 import dataclasses
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from launch.compare import is_comparison
 from launch.folder import recipe_toml
-from launch.table import short_layout
+from launch.table import WIDTH, short_layout
 from launch.terminal import CommandError, add_settings, printable
 from parallel.foresight.clusters import Cluster, load_cluster
 from parallel.foresight.plan import Choice, Plan, plan
@@ -50,14 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(record_json(_as_json(found, counted)))
     else:
-        print(printable_lines(_in_words(found, recipe, cluster, arguments.ranks, counted)))
+        print(_in_words(found, recipe, cluster, arguments.ranks, counted))
         if arguments.write is not None:
             print(f"\n{arguments.write}")
     return 0
-
-
-def printable_lines(text: str) -> str:
-    return "\n".join(map(printable, text.split("\n")))
 
 
 def _dry_run_until_it_fits(found: Plan) -> tuple[Plan, dict[str, int] | None]:
@@ -71,9 +68,8 @@ def _dry_run_until_it_fits(found: Plan) -> tuple[Plan, dict[str, int] | None]:
     for tries, choice in enumerate(found.best[:DRY_RUNS]):
         kinds = list(distinct_ranks(choice.recipe))
         ranks = sorted({kinds[0], kinds[-1]})  # the ends of a pipeline, one of which is fullest
-        print(
-            f"  dry run of {_layout(choice.recipe)}, rank {' and '.join(map(str, ranks))}", file=sys.stderr, flush=True
-        )
+        which = f"{_layout(choice.recipe)}, rank {' and '.join(map(str, ranks))}"
+        print(f"  dry run of {which}", file=sys.stderr, flush=True)
         measured = dict(measure_each(choice.recipe, ranks, lambda _: None))
         fullest = max(ranks, key=lambda rank: measured[rank].memory["peak_bytes"])
         memory = {"rank": fullest, **measured[fullest].memory}
@@ -83,55 +79,54 @@ def _dry_run_until_it_fits(found: Plan) -> tuple[Plan, dict[str, int] | None]:
 
 
 def _in_words(found: Plan, recipe: Recipe, cluster: Cluster, ranks: int, counted: dict[str, int] | None) -> str:
-    gib, best = 2**30, found.best[0]
-    head = ("", "layout", "schedule", "batch", "recompute", "step s", "90 %", "MFU %", "GiB", "")
-    rows = [head]
+    gib = 2**30
+    room = f"{found.fitting:,} fit into {found.room_bytes / gib:.4g} GiB"
+    what = f"{recipe.name} on {ranks} x {cluster.accelerator} (cluster {cluster.name}, {cluster.software.profile})"
+    head = f"{what}: {found.considered:,} layouts, {room}"
+    legend = (
+        "batch: sequences of a microbatch x microbatches. selective: keeps these. 90 %: 90 of 100 steps are within."
+        " tied: cannot be told from the first. GiB: of the fullest rank, by a closed form."
+    )
+    it = found.best[0].prediction
+    parts = sorted((term for term in it.terms if term.seconds > 0.01 * it.step_seconds), key=lambda term: -term.seconds)
+    spent = ", ".join(f"{WORDS[term.name][0]} {term.seconds:.3g} s" for term in parts)
+    below = [f"Of the first: {spent}. {it.bottleneck[0].upper()}{it.bottleneck[1:]}."]
+    if counted is not None:
+        fits = counted["peak_bytes"] <= found.room_bytes
+        whose = "By a dry run its" if fits else "None of the first fits by a dry run: of the last one tried,"
+        below.append(f"{whose} rank {counted['rank']} needs {counted['peak_bytes'] / gib:.4g} GiB.")
+    below += [f"Faster, but too large: {_too_large(choice, found)}." for choice in found.too_large]
+    below.append(_against_the_rule(found))
+    return "\n".join([_wrapped(head), "", *_table(found), "", _wrapped(legend), "", *map(_wrapped, below)])
+
+
+def _table(found: Plan) -> list[str]:
+    rows = [("", "layout", "schedule", "batch", "recompute", "step s", "90 %", "MFU %", "GiB", "")]
     for i, choice in enumerate(found.best, start=1):
         it = choice.prediction
         rows.append(
             (
-                *(f"{i}", _layout(choice.recipe), _schedule(choice.recipe)),
-                *(f"{choice.recipe.micro_batch}x{choice.recipe.n_microbatches}", _recompute(choice.recipe)),
-                *(f"{it.step_seconds:.3g}", f"{it.low_seconds:.3g}-{it.high_seconds:.3g}"),
-                *("-" if it.mfu is None else f"{100 * it.mfu:.1f}", f"{choice.peak_bytes / gib:.1f}"),
+                *(f"{i}", _layout(choice.recipe), _schedule(choice.recipe), _batch(choice.recipe)),
+                *(_recompute(choice.recipe), f"{it.step_seconds:.3g}", f"{it.low_seconds:.3g}-{it.high_seconds:.3g}"),
+                *("-" if it.mfu is None else f"{100 * it.mfu:.1f}", f"{choice.peak_bytes / 2**30:.1f}"),
                 "tied" if choice.tied else "",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    it = best.prediction
-    parts = sorted((term for term in it.terms if term.seconds > 0.01 * it.step_seconds), key=lambda term: -term.seconds)
-    lines = [
-        f"{recipe.name} on {ranks} x {cluster.accelerator} (cluster {cluster.name}, {cluster.software.profile}):"
-        f" {found.considered:,} layouts, {found.fitting:,} fit into {found.room_bytes / gib:.4g} GiB",
-        "",
-        *table,
-        "",
-        "batch: sequences of a microbatch x microbatches. selective: keeps these. tied: cannot be told from the first.",
-        "GiB: of the fullest rank, by a closed form.",
-        "",
-        "The first: " + ", ".join(f"{term.seconds:.3g} s {WORDS[term.name][0]}" for term in parts) + ".",
-        it.bottleneck[0].upper() + it.bottleneck[1:] + ".",
-    ]
-    if counted is not None:
-        none = (
-            ""
-            if counted["peak_bytes"] <= found.room_bytes
-            else "None of the first ones fits by a dry run: of the last, "
-        )
-        lines.append(f"{none or 'By a dry run '}rank {counted['rank']} needs {counted['peak_bytes'] / gib:.4g} GiB.")
-    for choice in found.too_large:
-        lines.append(f"Faster, but too large: {_too_large(choice, found)}.")
-    lines += ["", _against_the_rule(found)]
-    return "\n".join(lines)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in rows]
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(printable(text), WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _too_large(choice: Choice, found: Plan) -> str:
     gib, states, peak = 2**30, choice.state_bytes, choice.peak_bytes
     what = "weights, gradients and moments" if states > found.room_bytes else "activations"
-    batch = f"{choice.recipe.micro_batch}x{choice.recipe.n_microbatches}"
     needs = f"needs {peak / gib:.4g} GiB, {states / gib:.4g} of them weights, gradients and moments"
-    names = f"{_layout(choice.recipe)}, batch {batch}, recompute {_recompute(choice.recipe)}"
+    recipe, options = choice.recipe, _schedule(choice.recipe)
+    names = f"{_layout(recipe)}{'' if options == '-' else f' ({options})'}, batch {_batch(recipe)}"
+    names = f"{names}, recompute {_recompute(recipe)}"
     return f"{names}: {choice.prediction.step_seconds:.3g} s, but {needs}; its {what} are in the way"
 
 
@@ -139,11 +134,11 @@ def _against_the_rule(found: Plan) -> str:
     """What a rule of thumb takes, and why the first row differs: two sentences."""
     rule, best, gib = found.rule, found.best[0], 2**30
     if rule is None:
-        return f"A rule of thumb takes {found.rule_says}. Of that no recipe can be made: batch or shape do not divide."
+        return f"A rule of thumb takes {found.rule_says}. Of that no recipe can be made: something does not divide."
     seconds, ours = rule.prediction.step_seconds, best.prediction.step_seconds
     fits = "which fits" if rule.peak_bytes <= found.room_bytes else f"which needs {rule.peak_bytes / gib:.4g} GiB"
-    batch = f"{rule.recipe.micro_batch}x{rule.recipe.n_microbatches}"
-    says = f"A rule of thumb takes {found.rule_says}: {_layout(rule.recipe)}, batch {batch}, {seconds:.3g} s, {fits}."
+    takes = f"{_layout(rule.recipe)}, batch {_batch(rule.recipe)}, {seconds:.3g} s, {fits}"
+    says = f"A rule of thumb takes {found.rule_says}: {takes}."
     saved = {term.name: term.seconds for term in rule.prediction.terms}
     for term in best.prediction.terms:
         saved[term.name] -= term.seconds
@@ -158,6 +153,10 @@ def _against_the_rule(found: Plan) -> str:
 
 def _layout(recipe: Recipe) -> str:
     return short_layout(vars(recipe.parallel) | {"world_size": recipe.world_size}) or ""
+
+
+def _batch(recipe: Recipe) -> str:
+    return f"{recipe.micro_batch}x{recipe.n_microbatches}"
 
 
 def _schedule(recipe: Recipe) -> str:
