@@ -29,6 +29,7 @@ from parallel.foresight.constants import CONSTANTS
 from parallel.foresight.price import Rates, price
 from parallel.foresight.uncertainty import NINETY, Array, corrected, covariance, sensitivities
 from parallel.foresight.workload import Workload, stacked
+from parallel.recipe import RecipeError
 
 COLUMNS = (
     *("id", "source", "hardware", "gpus_per_node", "interconnect", "n_gpus", "n_params_b", "n_layers", "d_model"),
@@ -90,6 +91,13 @@ def number(row: Mapping[str, str], key: str) -> float | None:
 
 def run_of(row: Mapping[str, str]) -> Run:
     """Raises Refused."""
+    try:
+        return _run_of(row)
+    except RecipeError as error:  # a figure that no cluster can have
+        raise Refused(str(error)) from None
+
+
+def _run_of(row: Mapping[str, str]) -> Run:
     doubts: list[str] = []
 
     def known(key: str, doubt: str, default: float) -> float:
@@ -104,6 +112,8 @@ def run_of(row: Mapping[str, str]) -> Run:
         raise Refused("experts are not modelled")
     cluster = _cluster(row, doubts)
     layers, width, seq_len, n_gpus = (number(row, key) for key in ("n_layers", "d_model", "seq_len", "n_gpus"))
+    if n_gpus is None and (parts := [number(row, key) for key in ("dp", "tp", "pp")]) and all(parts):
+        n_gpus = math.prod(part or 1 for part in parts) * (number(row, "cp") or 1)
     for key, value in (("n_layers", layers), ("d_model", width), ("seq_len", seq_len), ("n_gpus", n_gpus)):
         if value is None:
             raise Refused(f"{key} is not given")
@@ -120,6 +130,8 @@ def run_of(row: Mapping[str, str]) -> Run:
             d_ff = max(width, (parameters * 1e9 - 2 * vocabulary * width) / layers - attention) / (2 * width)
             gated = False  # as many elements, in two matrices
         doubts.append("shape")
+
+    block = 2 * (1 + kv_heads / heads) * width**2 + (3 if gated else 2) * width * d_ff
 
     # ---- layout ----
     tp, pp, cp = number(row, "tp"), number(row, "pp"), number(row, "cp") or 1.0
@@ -198,13 +210,10 @@ def run_of(row: Mapping[str, str]) -> Run:
     else:
         profile = "torch"
     cluster = dataclasses.replace(cluster, software=Software(profile=profile, **PROFILES[profile]))
-    try:
-        rates = cluster.rates("float8" if fp8 else "bfloat16")
-        if not precision and cluster.matmul_flops("float8"):
-            flops = math.sqrt(rates.matmul_flops * cluster.rates("float8").matmul_flops)
-            rates = dataclasses.replace(rates, matmul_flops=flops)
-    except ValueError as error:
-        raise Refused(str(error)) from None
+    rates = cluster.rates("float8" if fp8 else "bfloat16")
+    if not precision and cluster.matmul_flops("float8"):
+        flops = math.sqrt(rates.matmul_flops * cluster.rates("float8").matmul_flops)
+        rates = dataclasses.replace(rates, matmul_flops=flops)
 
     workload = Workload(
         n_layers=layers,
@@ -224,8 +233,9 @@ def run_of(row: Mapping[str, str]) -> Run:
         stages_per_rank=chunks if pp > 1 else 1.0,
         micro_batch=micro_batch,
         n_microbatches=m,
-        sequence_parallel=int(said.get("sp", "") == "yes"),
-        even_stages=int(layers % (pp * chunks) == 0),
+        sequence_parallel=int(said.get("sp", "") == "yes" or (not said.get("sp") and profile == "megatron-core")),
+        # An output that costs more than a layer and a half is not put on top of as many layers as others have.
+        even_stages=int(layers % (pp * chunks) == 0 and vocabulary * width < 1.5 * block),
         bubble=bubble,
         shards_state=int(sharded),
         # A pipeline gathers weights once, and reduces gradients once: each microbatch would be too much.

@@ -224,7 +224,7 @@ def _context_messages(w: Workload, block: _Block, link: "_Links") -> Number:
     """Of a block and microbatch. A ring's travel while attention computes, but for a twentieth."""
     per_head = w.element_bytes * _tokens(w) * 2 * w.head_dim / w.tp
     gathered = link.gather(per_head * w.n_kv_heads * w.cp, ranks=w.cp, stride=w.tp, alone=w.ring)
-    exchanged = link.gather(per_head * (w.n_heads + w.n_kv_heads), ranks=w.cp, stride=w.tp)
+    exchanged = link.all_to_all(per_head * (w.n_heads + w.n_kv_heads), ranks=w.cp, stride=w.tp)
     forward: Number = np.where(w.all_to_all == 1, exchanged, gathered)
     backward: Number = np.where(w.all_to_all == 1, exchanged, 2 * gathered)
     hides = 0.9 * w.ring * (1 - w.all_to_all)
@@ -287,7 +287,7 @@ class _Links:
         return near, nodes, np.where(nodes > 1, outside, self._inside)
 
     def gather(self, n_bytes: Number, *, ranks: Number, stride: Number, calls: Number = 1, alone: Number = 0) -> Number:
-        """An all-gather to n_bytes, a reduce-scatter from them, an all-to-all of them; in so many calls.
+        """An all-gather to n_bytes, or a reduce-scatter from them; in so many calls.
 
         alone: 1: from neighbour to neighbour, so that only one rank of a node talks to the next.
         """
@@ -303,6 +303,13 @@ class _Links:
         # Far away by trees, whose depth is a logarithm.
         hops = 2 * LINK_HOP_SECONDS * (near - 1) + 2 * NETWORK_HOP_SECONDS * np.log2(np.maximum(nodes, 1))
         return np.where(ranks > 1, 2 * n_bytes * (ranks - 1) / ranks / rate + calls * (start + hops), 0)
+
+    def all_to_all(self, n_bytes: Number, *, ranks: Number, stride: Number) -> Number:
+        """Of n_bytes a rank: to each its part, and to those of other nodes through this rank's own card alone."""
+        near, nodes, _ = self._group(ranks, stride)
+        start = np.where(nodes > 1, self._across_seconds, self._inside_seconds)
+        inside, across = n_bytes * (near - 1) / ranks / self._inside, n_bytes * (ranks - near) / ranks / self._across
+        return np.where(ranks > 1, 2 * start + np.maximum(inside, across), 0)  # there, and back
 
     def send(self, n_bytes: Number, *, stride: Number) -> Number:
         far = stride >= self._node
