@@ -187,6 +187,40 @@ def test_messages_by_hand() -> None:
     assert parts(recipe())["data_messages"] == 0
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        dict(parallel=dict(dp_replicate=8)),
+        dict(parallel=dict(dp_shard=8), recompute=dict(mode="full")),
+        dict(parallel=dict(dp_shard=8), sharding=dict(reshard_after_forward=False)),
+        dict(parallel=dict(dp_replicate=2, dp_shard=4)),
+        dict(parallel=dict(tp=8)),
+        dict(parallel=dict(tp=8), tensor=dict(sequence_parallel=False)),
+        dict(parallel=dict(cp=4)),
+        dict(parallel=dict(cp=4), context=dict(method="all-gather")),
+        dict(parallel=dict(cp=4), context=dict(method="ulysses"), recompute=dict(mode="full")),
+        dict(parallel=dict(pp=2, dp_shard=4), sharding=dict(reshard_after_forward=False)),
+    ],
+)
+def test_messages_have_the_bytes_that_a_dry_run_counts(layout: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Priced by links of a byte a second, where nothing else takes time or hides anything, seconds are bytes."""
+    for hop in ("LINK_HOP_SECONDS", "NETWORK_HOP_SECONDS"):
+        monkeypatch.setattr(f"parallel.foresight.price.{hop}", 0.0)
+    rates = dataclasses.replace(
+        H100.rates("bfloat16"),
+        **dict.fromkeys(("matmul_flops", "memory_bytes_per_s"), 1e30),
+        **dict.fromkeys(("inside_bytes_per_s", "across_bytes_per_s"), 1.0),
+        **dict.fromkeys(("inside_seconds", "across_seconds", "data_hidden", "launch_seconds"), 0.0),
+        node_ranks=8,
+    )
+    found = recipe(model=dict(n_layers=2, vocab_size=1024), train=dict(global_batch=16), **layout)
+    constants = values_of("hopper") | dict(inside=1.0, tensor_messages=1.0)
+    priced = price(of_recipe(found), rates, constants)
+    counted = sum(row["bytes_per_rank"] for row in dry_run_rank(found, rank=0).traffic if row["mesh_dim"] != "pp")
+    expected = sum(float(priced[name]) for name in ("tensor_messages", "context_messages", "data_messages"))
+    assert expected == pytest.approx(counted, rel=0.01)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_bubble_is_that_of_the_schedule(schedule: Schedule) -> None:
     """tests/test_timeline.py simulates the same fractions from torch's own orders."""

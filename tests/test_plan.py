@@ -54,7 +54,7 @@ def test_nothing_faster_that_fits_is_overlooked() -> None:
     ]
     n = 0
     for mesh, schedule, recompute, keeps, batch in itertools.product(
-        meshes, SCHEDULES, RECOMPUTES, (False, True), (1, 2, 4, 8)
+        meshes, SCHEDULES, RECOMPUTES, (False, True), (1, 4)
     ):
         one = tables | {
             "parallel": dict(zip(("pp", "dp_replicate", "dp_shard", "cp", "tp"), mesh, strict=True)),
@@ -70,7 +70,7 @@ def test_nothing_faster_that_fits_is_overlooked() -> None:
         n += 1
         if peak_bytes(of_recipe(recipe)) <= ROOM * 80 * 2**30:
             best = min(best, predict(recipe, H100).step_seconds)
-    assert n > 500
+    assert n > 300
     assert found.best[0].prediction.step_seconds <= best * (1 + 1e-9)
 
 

@@ -54,7 +54,8 @@ def price(w: Workload, r: Rates, k: Constants) -> dict[str, Number]:
     block = _block(w, r, k)
     head = _output_and_loss(w, r, k)
     link = _Links(w, r, k)
-    tensor, context = _tensor_messages(w, r, k, link), _context_messages(w, block, link)
+    reduced, context = _tensor_message(w, r, k, link), _context_messages(w, block, link)
+    tensor = (4 + 2 * w.again_products) * reduced  # two in forward, two in backward, two where forward is done again
 
     # A microbatch through the busiest rank; and through the others, for which that waits once.
     layer = block.forward + block.backward + tensor + context
@@ -71,7 +72,7 @@ def price(w: Workload, r: Rates, k: Constants) -> dict[str, Number]:
         "other_operators": m * layers * block.operators,
         "output_and_loss": m * has_head * head,
         "launches": m * layers * block.waits,
-        "tensor_messages": m * layers * tensor,
+        "tensor_messages": m * (layers * tensor + has_head * 2 * reduced),
         "context_messages": m * layers * context,
         "data_messages": _data_messages(w, r, k, link, weights=weights, layers=layers, block=block),
         "pipeline_messages": _pipeline_messages(w, r, link),
@@ -211,22 +212,22 @@ def layers_of_busiest(w: Workload, *, head_in_layers: Number) -> tuple[Number, N
 # ---- messages ------------------------------------------------------------------------------------------------------
 
 
-def _tensor_messages(w: Workload, r: Rates, k: Constants, link: "_Links") -> Number:
-    """Of a block and microbatch: two all-reduces in forward, two in backward, two where forward is done again.
-
-    With sequence parallelism each is a reduce-scatter and an all-gather, of the same bytes.
-    """
-    one = link.all_reduce(w.element_bytes * _tokens(w) * w.d_model, ranks=w.tp, stride=1) * k["tensor_messages"]
-    return (4 + 2 * w.again_products) * one * (1 - r.tensor_hidden)
+def _tensor_message(w: Workload, r: Rates, k: Constants, link: "_Links") -> Number:
+    """An all-reduce of a microbatch; with sequence parallelism a reduce-scatter and an all-gather, of as many bytes."""
+    seconds = link.all_reduce(w.element_bytes * _tokens(w) * w.d_model, ranks=w.tp, stride=1)
+    return seconds * k["tensor_messages"] * (1 - r.tensor_hidden)
 
 
 def _context_messages(w: Workload, block: _Block, link: "_Links") -> Number:
-    """Of a block and microbatch. A ring's travel while attention computes, but for a twentieth."""
+    """Of a block and microbatch. A ring's travel while attention computes, but for a twentieth.
+
+    Gradients of keys and values are added up in float32; in a ring keys and values go round once more beside them.
+    """
     per_head = w.element_bytes * _tokens(w) * 2 * w.head_dim / w.tp
     gathered = link.gather(per_head * w.n_kv_heads * w.cp, ranks=w.cp, stride=w.tp, alone=w.ring)
     exchanged = link.all_to_all(per_head * (w.n_heads + w.n_kv_heads), ranks=w.cp, stride=w.tp)
     forward: Number = np.where(w.all_to_all == 1, exchanged, gathered)
-    backward: Number = np.where(w.all_to_all == 1, exchanged, 2 * gathered)
+    backward: Number = np.where(w.all_to_all == 1, exchanged, gathered * (w.ring + 4 / w.element_bytes))
     hides = 0.9 * w.ring * (1 - w.all_to_all)
     forward = np.maximum(forward - hides * block.attention_forward, 0.05 * forward) * (1 + w.again_attention)
     return forward + np.maximum(backward - hides * block.attention_backward, 0.05 * backward)
