@@ -1,12 +1,14 @@
 """The folders of results: DIR/<name>/ of a run, and of a comparison, whose variants are runs in it.
 
     run          recipe.toml  record.json  steps.jsonl  lives.json  logs/rank-<r>.log  trace-rank-<r>.json.gz
-                 checkpoints/ (parallel/checkpoint/files.py)
+                 checkpoints/ (parallel/checkpoint/files.py)  tensorboard/  wandb/ (launch/trackers.py)
     comparison   comparison.json (the variants, in order)  table.txt  page.html  <variant>/  predicted/<variant>/
+                 tensorboard/  wandb/
     of Slurm     slurm.json (numbers of the jobs)  logs/slurm-<job>.log
 
-A folder that holds something else is refused, and no file but these is ever removed. While a run is under way its
-launcher and its rank 0 hold a lock (flock(2)) on its folder, which ends with them, however they end.
+A folder that holds something else is refused, and no file but these is ever removed; those of wandb/ are not either,
+for they may not have been sent yet. While a run is under way its launcher and its rank 0 hold a lock (flock(2)) on its
+folder, which ends with them, however they end.
 """
 
 import contextlib
@@ -104,7 +106,7 @@ def remove_run(folder: Path) -> None:
     remove_results(folder)
     for path in (folder / "recipe.toml", folder / SUBMITTED, *folder.glob("logs/rank-*.log"), *slurm_logs(folder)):
         path.unlink(missing_ok=True)
-    for path in (folder / "logs", folder):
+    for path in (folder / "logs", folder / "tensorboard", folder):
         with contextlib.suppress(OSError):
             path.rmdir()
 
@@ -112,7 +114,9 @@ def remove_run(folder: Path) -> None:
 def remove_results(folder: Path, *, resume: bool = False) -> str | None:
     """resume: those alone that the next life of the run makes anew; and how the last one ended."""
     ended = close_life(folder) if resume else None
-    known = [folder / "record.json"] + ([] if resume else [folder / "steps.jsonl", folder / LIVES])
+    known = [folder / "record.json"]
+    if not resume:
+        known += [folder / "steps.jsonl", folder / LIVES, *events(folder)]
     for path in (*known, *folder.glob("*.json.*.partial"), *folder.glob("trace-rank-*.json.gz")):
         path.unlink(missing_ok=True)
     return ended
@@ -185,7 +189,8 @@ def prepare_comparison(folder: Path, name: str, variants: Sequence[str], *, keep
             remove_run(folder / variant)
             remove_run(folder / PREDICTED / variant)
         folder.mkdir(parents=True, exist_ok=True)
-        for path in (*(folder / file for file in ("table.txt", "page.html", SUBMITTED)), *slurm_logs(folder)):
+        known = [folder / file for file in ("table.txt", "page.html", SUBMITTED)]
+        for path in (*known, *events(folder), *slurm_logs(folder)):
             path.unlink(missing_ok=True)
     except OSError as error:
         raise RecipeError("--out", str(folder), f"cannot be written ({error.strerror}); give another folder") from None
@@ -212,6 +217,11 @@ def variant_order(folder: Path) -> dict[str, int]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
     return {name: place for place, name in enumerate(names)}
+
+
+def events(folder: Path) -> list[Path]:
+    """Those of TensorBoard."""
+    return sorted(folder.glob("tensorboard/events.out.tfevents.*"))
 
 
 def slurm_logs(folder: Path) -> list[Path]:

@@ -30,6 +30,7 @@ from launch.terminal import (
     printable,
     rank_options,
 )
+from launch.trackers import track_comparison
 from launch.verdict import STOPPED, record_failure
 from parallel.measure.record import read_record
 from parallel.recipe import RecipeError, load_recipe
@@ -96,10 +97,13 @@ def _report(arguments: argparse.Namespace) -> int:
         if variant.recipe is not None and not (folder / variant.name / "record.json").exists():
             (folder / variant.name).mkdir(parents=True, exist_ok=True)
             record_failure(variant.recipe, folder / variant.name, "failed", f"{reason}, and no rank could say why")
-    text = table([read_record(folder / variant.name / "record.json") for variant in comparison.variants])
+    records = {variant.name: read_record(folder / variant.name / "record.json") for variant in comparison.variants}
+    text = table(list(records.values()))
     (folder / "table.txt").write_text(f"{text}\n", encoding="utf-8")
     write_page(folder, folder / "page.html")
-    print(text)
+    recipes = [variant.recipe for variant in comparison.variants if variant.recipe is not None]
+    print(text, flush=True)
+    track_comparison(folder, recipes, records, say=print)
     return 0
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from launch.folder import RUN_FILES, hold, refuse_other_folder, remove_results, resumed_run
+from launch.redaction import Redacted
 from launch.terminal import (
     CommandError,
     Parser,
@@ -34,6 +35,7 @@ from launch.terminal import (
     rank_options,
     set_labels,
 )
+from launch.trackers import tracking
 from launch.verdict import STOPPED, may_restart, record_error, record_failure
 from parallel.checkpoint.files import Stopped
 from parallel.measure.lives import start_life
@@ -95,7 +97,11 @@ def main(argv: list[str]) -> int:
         return 2
     options = {key: getattr(arguments, key) for key in ("peak_flops", "profile", "matmul")}
     asked = _signals() if recipe.checkpoint.every else ()
-    return run(recipe, folder, rank, options | {"resume_from": resume_from, "asked": asked})
+    options |= {"resume_from": resume_from, "asked": asked}
+    quiet = contextlib.redirect_stdout(Redacted(sys.stdout)), contextlib.redirect_stderr(Redacted(sys.stderr))
+    tracked = tracking(recipe, folder, goes_on=arguments.resume or restarted)
+    with quiet[0], quiet[1], tracked if rank == 0 else contextlib.nullcontext(lambda row: None) as told:
+        return run(recipe, folder, rank, options | {"told": told})
 
 
 def run(recipe: Recipe, folder: Path, rank: int, options: Mapping[str, Any]) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import launch
 import parallel
 from launch.folder import rank_log
+from launch.redaction import without_secrets
 from launch.terminal import printable
 from parallel.measure.lives import how_it_ended, lived
 from parallel.measure.record import Record, read_record, read_steps, record_json, write_record
@@ -76,7 +77,7 @@ def record_failure(recipe: Recipe, folder: Path, status: str, reason: str) -> bo
 
 def _begun(recipe: Recipe, folder: Path, status: str, reason: str) -> dict[str, Any]:
     """The record of a run that has not come to its end: the steps that were done, and its lives."""
-    record = Record.of(recipe)
+    record, reason = Record.of(recipe), without_secrets(reason)
     record.status, record.reason, record.steps = status, reason, read_steps(folder / "steps.jsonl")
     record.checkpoint.lives, record.goodput = lived(folder, how_it_ended(status, reason))
     return record.as_json()

@@ -2,7 +2,7 @@
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from parallel.measure.trace import Trace
 from parallel.mesh import build_mesh
 from parallel.process import process_group, say
 from parallel.proof import prove
-from parallel.recipe import Recipe, RecipeError, refuse_missing_engine
+from parallel.recipe import Recipe, RecipeError, refuse_missing_packages
 
 
 def train(
@@ -40,6 +40,7 @@ def train(
     matmul: str | None = None,
     resume_from: Path | None = None,
     asked: Sequence[int] = (),
+    told: Callable[[Mapping[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any] | None:
     """Runs `recipe` as one rank of RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them.
 
@@ -49,6 +50,7 @@ def train(
     matmul: torch's precision of float32 products on a CPU; None: the faster one that is exact to 1e-6.
     resume_from: the folder of a run, whose last whole checkpoint this one goes on from; `out`: the same run goes on.
     asked: signals that ask for the end, as they come; a run with checkpoints saves itself then, and raises Stopped.
+    told: is called on rank 0 with each line of steps.jsonl.
     Raises RecipeError for what only the host can tell: no such device, no such data; and Diverged.
     """
     with process_group(recipe) as (device, unused):
@@ -67,6 +69,7 @@ def train(
                 profile=profile,
                 resume_from=resume_from,
                 asked=asked,
+                told=told,
                 note=unused,
             )
 
@@ -81,13 +84,14 @@ def train_in_group(
     first_step: int = 1,
     resume_from: Path | None = None,
     asked: Sequence[int] = (),
+    told: Callable[[Mapping[str, Any]], None] = lambda row: None,
     note: str | None = None,
 ) -> dict[str, Any] | None:
     """The same, where the process group is there. Tokens are those of steps first_step, first_step + 1, ...
 
     note: what a reader must know of the device.
     """
-    refuse_missing_engine(recipe)
+    refuse_missing_packages(recipe)
     corpus = corpus_of(recipe)
     refuse_different_data(recipe, corpus)
     mesh = build_mesh(recipe, device.type)
@@ -143,7 +147,7 @@ def train_in_group(
     engine.observers += [
         FiniteCheck(),
         Progress(recipe.train.steps),
-        Journal(out / "steps.jsonl", first_step=first_step),
+        Journal(out / "steps.jsonl", first_step=first_step, told=told),
         *([Trace(out, device, mesh=mesh, number=traced, clock=clock)] if profile else []),
         Timeline(recipe, device, mesh=mesh, clock=clock, waits_in_python=engine.waits_in_python),
         clock,

@@ -26,7 +26,7 @@ from parallel.measure.observer import Step
 from parallel.measure.parity import compare_with_reference, reference_gradients
 from parallel.mesh import build_mesh
 from parallel.proof import PROOF_TOLERANCE
-from parallel.recipe import Recipe, RecipeError, refuse_missing_engine
+from parallel.recipe import Recipe, RecipeError, refuse_missing_packages
 from parallel.training import train_in_group
 from parallel.transformer import Transformer
 
@@ -309,12 +309,12 @@ def test_deepspeed_in_bfloat16_is_near(deepspeed_ranks: Ranks, tmp_path: Path, s
 
 
 def test_an_engine_that_is_not_installed_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_missing_engine(small_recipe())
+    refuse_missing_packages(small_recipe())
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    refuse_missing_engine(small_recipe())
+    refuse_missing_packages(small_recipe())
     for name in ("accelerate", "deepspeed"):
         with pytest.raises(RecipeError) as refusal:
-            refuse_missing_engine(of_engine(name, {}))
+            refuse_missing_packages(of_engine(name, {}))
         said = f"engine.name = '{name}': is not installed; pip install 'parallel-lab[{name}]'"
         assert str(refusal.value) == said
 

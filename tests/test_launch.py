@@ -82,7 +82,7 @@ def stuck():
     while True:
         time.sleep(0.02)
 
-def train(recipe, *, out, peak_flops, profile, matmul, resume_from, asked):
+def train(recipe, *, out, peak_flops, profile, matmul, resume_from, asked, told):
     RANK = int(os.environ["RANK"])
     book(os.getpid())
     print(f"rank {RANK} of {os.environ['WORLD_SIZE']}, threads {os.environ['OMP_NUM_THREADS']}", flush=True)
@@ -91,6 +91,7 @@ def train(recipe, *, out, peak_flops, profile, matmul, resume_from, asked):
             line = {"step": step, "loss": 2.5 - step, "grad_norm": 1.0, "seconds": 0.01}
             with open(out / "steps.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\\n")
+            told(line)
     while len(read_steps(out / "steps.jsonl")) < 2:
         time.sleep(0.01)
     what, _, rank = recipe.name.partition("-rank-")
@@ -101,6 +102,11 @@ def train(recipe, *, out, peak_flops, profile, matmul, resume_from, asked):
     if what == "raises":
         time.sleep(0.3)  # its connections are closed before it has said why
         raise ValueError("boom\\n\\x1b[31m in red")
+    if what == "spills":
+        words = " and ".join(os.environ[name] for name in os.environ["SPILLS"].split())
+        print(words, flush=True)
+        print(words, file=sys.stderr)
+        raise ValueError(words)
     if what == "killed":
         book(subprocess.Popen(["sleep", "600"]).pid)
         print("last words", flush=True)

@@ -60,7 +60,8 @@ REFUSED = [
     # unknown sections and keys
     ("trian.steps = 5", "trian = {'steps': 5}", "unknown section; did you mean train?"),
     ("optimizer.lr = 0.1", "optimizer = ", "unknown section; known: model, data, train"),
-    ("track.wandb = 'online'", "track = ", "unknown section"),
+    ("tracker.wandb = 'online'", "tracker = ", "unknown section; did you mean track?"),
+    ("track.wandb = 'on'", "track.wandb = 'on'", "choose off, offline, online"),
     ("checkpoint.every = -1", "checkpoint.every = -1: ", "at least 0"),
     ("checkpoint.keep = 0", "checkpoint.keep = 0: ", "at least 1"),
     ("checkpoint.async = true", "checkpoint.async = True: ", "unknown key"),

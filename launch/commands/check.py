@@ -12,7 +12,7 @@ from launch.table import short_layout
 from launch.terminal import CommandError, add_settings, n_bytes, printable
 from parallel.corpus import open_corpus
 from parallel.measure.record import record_json
-from parallel.recipe import Data, Recipe, RecipeError, load_recipe, read_toml, refuse_missing_engine
+from parallel.recipe import Data, Recipe, RecipeError, load_recipe, read_toml, refuse_missing_packages
 
 SUMMARY = ("file", "name", "error", "world_size", "layout", "n_microbatches", "n_stages", "parameters", "fullest_rank")
 
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
 def recipe_with_data(file: str, overrides: Sequence[str]) -> Recipe:
     """A recipe whose engine is installed, and whose data can be opened, too."""
     recipe = load_recipe(file, overrides)
-    refuse_missing_engine(recipe)
+    refuse_missing_packages(recipe)
     _open_data(recipe.data, recipe.train.seq_len, recipe.model.vocab_size)
     return recipe
 
@@ -54,7 +54,7 @@ def comparison_with_data(file: str, overrides: Sequence[str], *, here: bool = Tr
     def check(recipe: Recipe) -> None:
         if here:
             refuse_too_many(recipe)
-            refuse_missing_engine(recipe)
+            refuse_missing_packages(recipe)
         _open_data(recipe.data, recipe.train.seq_len, recipe.model.vocab_size)
 
     return load_comparison(file, overrides, check=check)

@@ -9,6 +9,7 @@ from launch.starting import Starter
 from launch.supervisor import Interrupted
 from launch.table import remark_on, row, table
 from launch.terminal import add_label_options, add_rank_options, add_settings, progress, rank_options, set_labels
+from launch.trackers import track_comparison
 from parallel.measure.record import record_json
 
 
@@ -44,5 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     write_page(folder, folder / "page.html")
     print(record_json([row(record) for record in records]) if arguments.json else f"\n{text}")
     say(f"\n{folder / 'table.txt'}\n{folder / 'page.html'}")
+    recipes = [variant.recipe for variant in comparison.variants if variant.recipe is not None]
+    track_comparison(folder, recipes, {record["recipe"]["name"]: record for record in records}, say=say)
     runs = zip(comparison.variants, records, strict=True)
     return 1 if any(remark_on(record) and variant.recipe is not None for variant, record in runs) else 0

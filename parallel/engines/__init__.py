@@ -11,7 +11,7 @@ from parallel.recipe import Recipe
 
 
 def engine_of(recipe: Recipe, *, mesh: DeviceMesh, device: torch.device) -> Engine:
-    """The one that the recipe names, which must be installed: see refuse_missing_engine. Collective."""
+    """The one that the recipe names, which must be installed: see refuse_missing_packages. Collective."""
     if recipe.engine.name == "accelerate":
         from parallel.engines.accelerate import AccelerateEngine
 

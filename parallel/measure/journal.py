@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,14 @@ class FiniteCheck(Observer):
 class Journal(Observer):
     """A line of steps.jsonl for each step, and the steps of the record: all, or of a long run evenly spaced ones.
 
-    Steps from first_step on that are there already are of a life of the run that was lost, and are removed.
+    Steps from first_step on that are there already are of a life of the run that was lost, and are removed. told: is
+    called with each line on rank 0, too.
     """
 
-    def __init__(self, path: Path, *, first_step: int = 1) -> None:
-        self._path = path
+    def __init__(
+        self, path: Path, *, first_step: int = 1, told: Callable[[Mapping[str, Any]], None] = lambda row: None
+    ) -> None:
+        self._path, self._told = path, told
         self._rows: list[dict[str, Any]] = []
         self._n_steps, self._stride = 0, 1
         if dist.get_rank() == 0 and path.exists():
@@ -58,6 +61,7 @@ class Journal(Observer):
         if dist.get_rank() == 0:
             with naming(self._path), self._path.open("a") as file:
                 file.write(json.dumps(finite(row)) + "\n")
+            self._told(finite(row))
         self._keep(row)
 
     def _keep(self, row: dict[str, Any]) -> None:

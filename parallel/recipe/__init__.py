@@ -4,7 +4,7 @@ sections  the tables and their keys          rules  what goes with what: a Recip
 """
 
 from parallel.recipe.reading import apply_overrides, load_recipe, read_toml, recipe_from_tables
-from parallel.recipe.rules import Recipe, check_name, refuse_missing_engine
+from parallel.recipe.rules import Recipe, check_name, refuse_missing_packages
 from parallel.recipe.sections import (
     MESH_DIMS,
     PRESETS,

@@ -273,8 +273,15 @@ def _check_engine(recipe: Sections) -> None:
             raise RecipeError(key, value, f"engine.name = {name} {reason}; use {shown}, {native}")
 
 
-def refuse_missing_engine(recipe: Recipe) -> None:
-    """RecipeError where the recipe's engine is not installed on this host."""
-    name = recipe.engine.name
-    if name != "native" and importlib.util.find_spec(name) is None:
-        raise RecipeError("engine.name", name, f"is not installed; pip install 'parallel-lab[{name}]'")
+TRACKER_PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboardX"}  # by their keys of [track], which name extras
+
+
+def refuse_missing_packages(recipe: Recipe) -> None:
+    """RecipeError where the recipe's engine or a tracker of it is not installed on this host."""
+    engine, track = recipe.engine.name, recipe.track
+    needs: list[tuple[str, Any, str, str]]  # key, value, package, extra
+    needs = [("engine.name", engine, engine, engine)] if engine != "native" else []
+    needs += [(f"track.{key}", getattr(track, key), TRACKER_PACKAGES[key], key) for key in track.chosen]
+    for key, value, package, extra in needs:
+        if importlib.util.find_spec(package) is None:
+            raise RecipeError(key, value, f"is not installed; pip install 'parallel-lab[{extra}]'")

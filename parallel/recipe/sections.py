@@ -24,6 +24,7 @@ Schedule = Literal[
     "gpipe", "1f1b", "interleaved-1f1b", "looped-bfs", "interleaved-zero-bubble", "zbv", "dualpipev"
 ]  # fmt: skip
 EngineName = Literal["native", "deepspeed", "accelerate"]
+WandbMode = Literal["off", "offline", "online"]
 Preset = Literal["tiny", "small", "smollm-1.7b", "llama3-8b", "llama3-70b", "llama3-405b", "none"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 SINGLE_STAGE_SCHEDULES: tuple[Schedule, ...] = ("gpipe", "1f1b")
@@ -318,6 +319,19 @@ class Checkpoint(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Track(Section):
+    """[track]: who is told of steps and results, beside the plain files."""
+
+    wandb: WandbMode = option("off", "Weights & Biases; offline: in files alone, for wandb sync; online: sent at once")
+    tensorboard: bool = option(False, "event files for TensorBoard")
+
+    @property
+    def chosen(self) -> list[str]:
+        """The keys of those that are on."""
+        return [key for key, value in vars(self).items() if value not in ("off", False)]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sections:
     """A name and every section: what a Recipe is made of, before it is known that they go together."""
 
@@ -334,6 +348,7 @@ class Sections:
     recompute: Recompute
     engine: Engine
     checkpoint: Checkpoint
+    track: Track
 
     @cached_property
     def world_size(self) -> int:
