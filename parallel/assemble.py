@@ -24,7 +24,7 @@ from parallel.strategies.chunked_loss import chunked_linear_loss
 from parallel.strategies.context import apply_context
 from parallel.strategies.data import GradientBuckets
 from parallel.strategies.pipeline import PipelineStep, split_pipeline, sum_tied_gradients, tied_copies
-from parallel.strategies.recompute import apply_recompute
+from parallel.strategies.recompute import apply_recompute, recomputed
 from parallel.strategies.sharding import apply_sharding, before_microbatch
 from parallel.strategies.tensor import apply_tensor, tensor_parallel_loss
 from parallel.torch_private import no_cached_graphs, safe_guards
@@ -163,13 +163,27 @@ def assemble(
     return Assembled(recipe, stages, mesh, microbatches, buckets, averaged)
 
 
-def whole_model(recipe: Recipe, *, device: torch.device, scale: float) -> Transformer:
-    """The same model, unsplit and with initial weights, for an engine that splits it itself.
+def plain_model(
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    scale: float,
+    pp_rank: int | None = None,
+    context: DeviceMesh | None = None,
+    attend: Callable[..., Tensor] | None = None,
+    recomputed: Callable[..., Tensor] = recomputed,
+) -> Transformer:
+    """The same model, with whole initial weights, for an engine that splits them itself.
 
-    scale: of its loss, which is a sum over tokens.
+    scale: of its loss, which is a sum over tokens. pp_rank: of the one stage that is wanted. context: the mesh of cp,
+    if the model is to take its rank's part of the tokens, and to attend by `attend`. recomputed: see apply_recompute.
     """
     model = _on_meta(recipe)
-    apply_recompute(model, recipe.recompute)
+    if pp_rank is not None:
+        [model] = split_pipeline(model, recipe=recipe, pp_rank=pp_rank)
+    if context is not None:
+        apply_context(model, mesh=context, method=recipe.context.method, attend=attend)
+    apply_recompute(model, recipe.recompute, recomputed=recomputed)
     load_initial_weights(model, recipe, device)
     _use_loss(model, recipe, cross_entropy, scale)
     return model

@@ -45,7 +45,7 @@ def prove(recipe: Recipe, *, mesh: DeviceMesh, device: torch.device) -> Parity:
         passed = found["max_rel_grad_diff"] <= PROOF_TOLERANCE[exact]
         parity = Parity(reference=reference_is, dtype=exact, passed=passed, **found)
         if exact != "float64":
-            parity.note = f"proven in {exact}, the most exact type of {recipe.engine.name}: passed is at most 1e-05"
+            parity.note = f"proven in {exact}, the most exact type of deepspeed: passed is at most 1e-05"
         say(f"parity: {_verdict(passed)}, largest relative gradient difference {found['max_rel_grad_diff']:.1e}")
     dtype, attention = recipe.train.dtype, recipe.train.attention
     if dtype == "bfloat16" or device.type == "cuda":

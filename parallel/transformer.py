@@ -26,6 +26,7 @@ class Linear(nn.Module):
     """y = x Wᵀ, without bias. W is cast to x's type, so float32 weights can serve a bfloat16 computation."""
 
     copy: Tensor | None = None  # of W, in the type of the computation: see cast_once
+    bias = None  # an engine that splits linear layers looks for one
 
     def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__()

@@ -225,7 +225,9 @@ def anew(function: Callable[..., Any], recipe: Recipe, *arguments: Any) -> Any:
 
     comm.cdb, Init.param_id = None, 0
     DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
-    for name in ("_WORLD_GROUP", "_ZERO_PARAM_INTRA_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP", "mpu", "mesh_device"):
+    of_tensors = ("_TENSOR_MODEL_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP")
+    of_data = ("_WORLD_GROUP", "_ZERO_PARAM_INTRA_PARALLEL_GROUP", "_DATA_PARALLEL_GROUP")
+    for name in (*of_tensors, *of_data, "mpu", "mesh_device"):
         assert hasattr(groups, name)
         setattr(groups, name, None)
     groups._ALL_TO_ALL_GROUP = {}
@@ -303,6 +305,96 @@ def test_deepspeed_in_bfloat16_is_near(deepspeed_ranks: Ranks, tmp_path: Path, s
     record = deepspeed_ranks(2, anew, run, recipe, str(tmp_path))[0]
     assert record["parity"]["passed"] and record["parity"]["trained_passed"]
     assert 1e-4 < record["parity"]["trained_max_rel_grad_diff"] < 3e-2
+
+
+PLUGIN = dict(name="accelerate", plugin="deepspeed")
+ULYSSES = dict(context=dict(method="ulysses"))
+AUTOTP = dict(tensor=dict(sequence_parallel=False))
+SHORT_LAST = dict(train=dict(micro_batch=3))
+BY_DEEPSPEED = [
+    case("offload, stage 2", **SHORT_LAST, parallel=dict(dp_shard=2), engine=dict(zero_stage=2, offload="optimizer")),
+    case("offload of weights", **SHORT_LAST, parallel=dict(dp_shard=2), engine=dict(offload="parameters")),
+    case("hpz", parallel=dict(dp_replicate=2, dp_shard=2), train=dict(micro_batch=1)),
+    case("recompute", **SHORT_LAST, parallel=dict(dp_shard=2), recompute=dict(mode="full"),
+         engine=dict(checkpointing="deepspeed")),
+    case("recompute, every second", parallel=dict(dp_replicate=2), recompute=dict(mode="every(2)"),
+         engine=dict(checkpointing="deepspeed")),
+    case("ulysses", **ULYSSES, **SHORT_LAST, parallel=dict(cp=2)),
+    case("ulysses, stage 1", **ULYSSES, parallel=dict(cp=2, dp_shard=2), engine=dict(zero_stage=1)),
+    case("ulysses, stage 3", **ULYSSES, parallel=dict(cp=2, dp_shard=2)),
+    case("autotp", **AUTOTP, **SHORT_LAST, parallel=dict(tp=2)),
+    case("autotp, stage 1", **AUTOTP, parallel=dict(tp=2, dp_shard=2), engine=dict(zero_stage=1)),
+    case("autotp, stage 3", **AUTOTP, parallel=dict(tp=2, dp_shard=2)),
+    case("pipeline", parallel=dict(pp=2), train=dict(micro_batch=2), engine=dict(zero_stage=1)),
+    case("pipeline, data, recompute", parallel=dict(pp=2, dp_shard=2), train=dict(micro_batch=1),
+         recompute=dict(mode="full"), engine=dict(zero_stage=1, checkpointing="deepspeed")),
+    case("accelerate, stage 0", **SHORT_LAST, parallel=dict(dp_replicate=2), engine=PLUGIN),
+    case("accelerate, stage 3", **SHORT_LAST, parallel=dict(dp_shard=2), engine=PLUGIN),
+]  # fmt: skip
+
+
+def by_deepspeed(sections: Sections, **train: Any) -> Recipe:
+    engine = dict(name="deepspeed") | sections.get("engine", {})
+    return small_recipe("float32", **sections | {"engine": engine, "train": sections.get("train", {}) | train})
+
+
+def proven_trajectory(recipe: Recipe) -> tuple[dict[str, float] | None, list[float], list[float]]:
+    """The differences of step 1 from one process, on rank 0; loss and gradient norm of 8 steps."""
+    mesh = build_mesh(recipe, "cpu")
+    reference = None
+    if dist.get_rank() == 0:
+        exact = small_recipe(model=recipe.resolved()["model"], train=dict(global_batch=recipe.train.global_batch))
+        reference = reference_gradients(exact, *batch_of(exact, range(recipe.train.global_batch)))
+    engine = engine_of(recipe, mesh=mesh, device=CPU)
+    losses, norms, differences = [], [], None
+    for step in range(8):
+        losses.append(engine.gradients(*batch_of(recipe, rows_of_replica(recipe, mesh), step)).item())
+        if step == 0:
+            differences = compare_with_reference(engine.gradient, losses[0], reference, device=CPU)
+        norms.append(engine.update().item())
+    return differences, losses, norms
+
+
+@pytest.fixture(scope="module")
+def alone(deepspeed_ranks: Ranks) -> tuple[list[float], list[float]]:
+    """The trajectory of one process, in float64."""
+    answer: tuple[list[float], list[float]] = deepspeed_ranks(1, trajectory, small_recipe(train=TRAJECTORY))[0]
+    return answer
+
+
+@pytest.mark.parametrize("sections", BY_DEEPSPEED)
+def test_what_else_deepspeed_does_is_as_one_process(
+    deepspeed_ranks: Ranks, alone: tuple[list[float], list[float]], sections: Sections
+) -> None:
+    """Gradients of the first step, and eight steps with clipping and weight decay."""
+    recipe = by_deepspeed(sections, **TRAJECTORY)
+    answers = deepspeed_ranks(recipe.world_size, anew, proven_trajectory, recipe)
+    differences = answers[0][0]
+    assert 1e-8 < differences["max_rel_grad_diff"] <= PROOF_TOLERANCE["float32"]
+    assert differences["max_abs_loss_diff"] <= PROOF_TOLERANCE["float32"]
+    for _, losses, norms in answers:
+        assert losses == pytest.approx(alone[0], rel=1e-5) and norms == pytest.approx(alone[1], rel=1e-4)
+
+
+def test_the_record_of_hpz_shows_which_weights_come_from_near(deepspeed_ranks: Ranks, tmp_path: Path) -> None:
+    recipe = by_deepspeed(dict(parallel=dict(dp_replicate=2, dp_shard=2)), steps=5)
+    record = deepspeed_ranks(4, anew, run, recipe, str(tmp_path))[0]
+    sent = {(row["mesh_dim"], row["collective"]): row["bytes_per_rank"] for row in record["traffic"]}
+    whole = 4 * recipe.model.n_parameters
+    assert sent["dp_replicate·dp_shard", "all_gather"] == pytest.approx(3 / 4 * whole, rel=0.05)  # for forward
+    assert 0.2 * whole < sent["dp_shard", "all_gather"] <= whole / 2  # for backward, of what did not stay
+    parameters = record["memory"]["per_rank"][0]["parameters_bytes"]
+    assert whole / 4 < parameters <= pytest.approx(3 / 4 * whole, rel=0.05)  # with the part of two ranks, or some of it
+
+
+def test_the_record_of_a_pipeline_shows_its_actions(deepspeed_ranks: Ranks, tmp_path: Path) -> None:
+    recipe = by_deepspeed(dict(parallel=dict(pp=2), engine=dict(zero_stage=1)), micro_batch=2, steps=5)
+    record = deepspeed_ranks(2, anew, run, recipe, str(tmp_path))[0]
+    assert record["status"] == "ok" and record["parity"]["passed"]
+    assert record["pipeline"]["bubble_fraction_ideal"] == pytest.approx(1 / 5) and record["pipeline"]["bubble_fraction"]
+    done = {(row["rank"], row["action"], row["microbatch"]) for row in record["pipeline"]["timeline"]}
+    assert done == {(rank, name, i) for rank in range(2) for name in ("forward", "backward") for i in range(4)}
+    assert {row["mesh_dim"] for row in record["traffic"]} == {"pp"}
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------

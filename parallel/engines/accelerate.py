@@ -23,7 +23,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from parallel.engines.engine import adamw, environment, model_of_averages, over_microbatches
+from parallel.assemble import plain_model
+from parallel.engines.engine import adamw, averaged_times, environment, over_microbatches, scale_of_averages
 from parallel.measure.observer import Observer
 from parallel.recipe import Recipe, RecipeError
 
@@ -37,7 +38,8 @@ class AccelerateEngine:
     def __init__(self, recipe: Recipe, *, mesh: DeviceMesh, device: torch.device) -> None:
         self.recipe, self.mesh = recipe, mesh
         self.observers: list[Observer] = []
-        self._whole = model_of_averages(recipe, device)
+        self._averaged = averaged_times(recipe)
+        self._whole = plain_model(recipe, device=device, scale=scale_of_averages(recipe, self._averaged))
         self._accelerator = _accelerator(recipe, device)
         prepared: Any = self._accelerator.prepare(self._whole, adamw(recipe, self._whole.parameters()))
         self._model, self._optimizer = prepared
@@ -47,7 +49,8 @@ class AccelerateEngine:
 
     def gradients(self, tokens: Tensor, targets: Tensor) -> Tensor:
         self._optimizer.zero_grad()
-        return over_microbatches(self.recipe, tokens, targets, one=self._microbatch)
+        averaged, one = self._averaged, self._microbatch
+        return over_microbatches(self.recipe, self.mesh, tokens, targets, averaged=averaged, one=one)
 
     def _microbatch(self, i: int, tokens: Tensor, targets: Tensor) -> Tensor:
         with self._accelerator.accumulate(self._model):

@@ -10,10 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from parallel.assemble import attention_kernel, whole_model
+from parallel.assemble import attention_kernel
 from parallel.measure.observer import Observer, Step, nested
 from parallel.recipe import Recipe
-from parallel.transformer import Transformer
 
 
 class Engine(Protocol):
@@ -70,18 +69,23 @@ def adamw(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Opt
 
 
 def averaged_times(recipe: Recipe) -> int:
-    """What a library divides gradients by that averages over microbatches and over ranks."""
-    return recipe.n_microbatches * recipe.world_size
+    """What a library divides gradients by that averages over microbatches and over replicas."""
+    return recipe.n_microbatches * recipe.replicas
 
 
-def model_of_averages(recipe: Recipe, device: torch.device) -> Transformer:
-    """The whole model, with a loss whose average is the step's: so a short last microbatch counts as it is."""
-    scale = averaged_times(recipe) / (recipe.train.global_batch * recipe.train.seq_len)
-    return whole_model(recipe, device=device, scale=scale)
+def scale_of_averages(recipe: Recipe, averaged: int) -> float:
+    """That of a loss, a sum over tokens, whose average is the step's: so a short last microbatch counts as it is."""
+    return averaged / (recipe.train.global_batch * recipe.train.seq_len)
 
 
 def over_microbatches(
-    recipe: Recipe, tokens: Tensor, targets: Tensor, *, one: Callable[[int, Tensor, Tensor], Tensor]
+    recipe: Recipe,
+    mesh: DeviceMesh,
+    tokens: Tensor,
+    targets: Tensor,
+    *,
+    averaged: int,
+    one: Callable[[int, Tensor, Tensor], Tensor],
 ) -> Tensor:
     """The step's loss, on every rank. one: forward and backward of the i-th microbatch, and its loss."""
     total = torch.zeros((), dtype=torch.float64, device=tokens.device)
@@ -89,8 +93,8 @@ def over_microbatches(
     with attention_kernel(recipe.train.attention):
         for i, (inputs, wanted) in enumerate(zip(*microbatches, strict=True)):
             total += one(i, inputs, wanted).detach()
-    dist.all_reduce(total)
-    return total / averaged_times(recipe)
+    dist.all_reduce(total, group=mesh.get_group("data"))
+    return total / averaged
 
 
 @contextlib.contextmanager

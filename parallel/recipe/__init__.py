@@ -3,8 +3,9 @@
 sections  the tables and their keys          rules  what goes with what: a Recipe          reading  TOML, --set, presets
 """
 
+from parallel.recipe.engine_rules import refuse_missing_packages
 from parallel.recipe.reading import apply_overrides, load_recipe, read_toml, recipe_from_tables
-from parallel.recipe.rules import Recipe, check_name, refuse_missing_packages
+from parallel.recipe.rules import Recipe, check_name
 from parallel.recipe.sections import (
     MESH_DIMS,
     PRESETS,

@@ -1,11 +1,11 @@
 """What goes with what: a Recipe that exists can be run, but for what only its hosts can tell (devices, data)."""
 
-import importlib.util
 import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
+from parallel.recipe.engine_rules import check_engine
 from parallel.recipe.sections import DATA_KEYS, RecipeError, Sections
 
 
@@ -17,7 +17,7 @@ class Recipe(Sections):
         check_name("name", self.name)
         for check in (
             *(_check_model, _check_batch, _check_tensor_and_context, _check_pipeline),
-            *(_check_recompute, _check_split_backward, _check_compile, _check_data, _check_engine),
+            *(_check_recompute, _check_split_backward, _check_compile, _check_data, check_engine),
         ):
             check(self)
 
@@ -223,65 +223,3 @@ def _check_data(recipe: Sections) -> None:
         raise RecipeError(
             "model.vocab_size", recipe.model.vocab_size, f"data.source = {data.source} gives bytes; use at least 256"
         )
-
-
-def _check_engine(recipe: Sections) -> None:
-    """What another engine cannot do, or not as the recipe says."""
-    name, parallel, train = recipe.engine.name, recipe.parallel, recipe.train
-    deepspeed = name == "deepspeed"
-    if not deepspeed and recipe.engine.zero_stage != 3:
-        remedy = f"is read by engine.name = deepspeed alone, and this is {name}; remove it"
-        raise RecipeError("engine.zero_stage", recipe.engine.zero_stage, remedy)
-    if name == "native":
-        return
-    native = "or set engine.name = native"
-    for dim in ("pp", "cp", "tp"):
-        if getattr(parallel, dim) > 1:
-            remedy = f"engine.name = {name} splits data alone here (dp_replicate, dp_shard); use 1, {native}"
-            raise RecipeError(f"parallel.{dim}", getattr(parallel, dim), remedy)
-    if deepspeed and parallel.dp_replicate > 1 and parallel.dp_shard > 1:
-        remedy = f"engine.name = deepspeed shards over all ranks or none; use dp_replicate or dp_shard alone, {native}"
-        raise RecipeError("parallel.dp_replicate", parallel.dp_replicate, remedy)
-    if deepspeed and parallel.dp_shard == 1 and train.dtype == "bfloat16":
-        remedy = (
-            "without dp_shard engine.name = deepspeed takes an optimizer step on zero gradients before the first one,"
-            f" and does not train as others do; use dp_shard with engine.zero_stage = 1, {native}"
-        )
-        raise RecipeError("train.dtype", train.dtype, remedy)
-    if deepspeed and train.dtype == "float64":
-        remedy = f"engine.name = deepspeed adds gradients in float32 at most; use float32, {native}"
-        raise RecipeError("train.dtype", train.dtype, remedy)
-    fixed: tuple[tuple[str, Any, Any, str], ...] = (
-        ("train.compile", train.compile, "none", "is compiled by the native engine alone"),
-        ("ddp.overlap", recipe.ddp.overlap, True, "sends gradients during backward, if it can"),
-        ("sharding.prefetch", recipe.sharding.prefetch, 1, "fetches weights ahead in its own way"),
-        ("checkpoint.every", recipe.checkpoint.every, 0, "is not saved yet"),
-    )
-    if deepspeed:
-        fixed += (
-            ("ddp.bucket_mib", recipe.ddp.bucket_mib, 25.0, "has buckets of its own"),
-            (
-                "sharding.reshard_after_forward",
-                recipe.sharding.reshard_after_forward,
-                True,
-                "has engine.zero_stage = 2 for that",
-            ),
-        )
-    for key, value, only, reason in fixed:
-        if value != only:
-            shown = str(only).lower() if isinstance(only, bool) else only
-            raise RecipeError(key, value, f"engine.name = {name} {reason}; use {shown}, {native}")
-
-
-TRACKER_PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboardX"}  # by their keys of [track], which name extras
-
-
-def refuse_missing_packages(recipe: Recipe) -> None:
-    """RecipeError where the recipe's engine or a tracker of it is not installed on this host."""
-    engine, track = recipe.engine.name, recipe.track
-    needs: list[tuple[str, Any, str, str]]  # key, value, package, extra
-    needs = [("engine.name", engine, engine, engine)] if engine != "native" else []
-    needs += [(f"track.{key}", getattr(track, key), TRACKER_PACKAGES[key], key) for key in track.chosen]
-    for key, value, package, extra in needs:
-        if importlib.util.find_spec(package) is None:
-            raise RecipeError(key, value, f"is not installed; pip install 'parallel-lab[{extra}]'")

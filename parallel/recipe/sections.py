@@ -24,6 +24,9 @@ Schedule = Literal[
     "gpipe", "1f1b", "interleaved-1f1b", "looped-bfs", "interleaved-zero-bubble", "zbv", "dualpipev"
 ]  # fmt: skip
 EngineName = Literal["native", "deepspeed", "accelerate"]
+Offload = Literal["none", "optimizer", "parameters"]
+Plugin = Literal["torch", "deepspeed"]
+Checkpointing = Literal["torch", "deepspeed"]
 WandbMode = Literal["off", "offline", "online"]
 Preset = Literal["tiny", "small", "smollm-1.7b", "llama3-8b", "llama3-70b", "llama3-405b", "none"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
@@ -303,10 +306,21 @@ class Engine(Section):
         maximum=3,
     )
 
+    offload: Offload = option(
+        "none", "deepspeed: what rests in the memory of the host: the optimizer's state; parameters: weights, too"
+    )
+    plugin: Plugin = option("torch", "accelerate: what it splits with: torch's DDP and FSDP2, or DeepSpeed's ZeRO")
+    checkpointing: Checkpointing = option("torch", "deepspeed: whose code executes [recompute]; deepspeed: its own")
+
+    @property
+    def by_deepspeed(self) -> bool:
+        """Whether DeepSpeed splits the model, whoever calls it."""
+        return self.name == "deepspeed" or self.plugin == "deepspeed"
+
     @property
     def exact_dtype(self) -> Dtype:
         """The most exact type in which it computes gradients: DeepSpeed adds those of ranks in float32 at most."""
-        return "float32" if self.name == "deepspeed" else "float64"
+        return "float32" if self.by_deepspeed else "float64"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,13 +37,16 @@ def local_slices(*, seq_len: int, cp: int, cp_rank: int, method: ContextMethod) 
     return [slice(chunk * size, (chunk + 1) * size) for chunk in chunks]
 
 
-def apply_context(model: Transformer, *, mesh: DeviceMesh, method: ContextMethod) -> None:
+def apply_context(
+    model: Transformer, *, mesh: DeviceMesh, method: ContextMethod, attend: Callable[..., Tensor] | None = None
+) -> None:
     """Makes the attention of every block look across the ranks of `mesh` (one dimension, cp).
 
     Afterwards the model takes the tokens at `model.rotary.positions`, and gives their logits. The weights' gradients
     are those of these tokens: data parallelism has to sum them over cp too. Works on any device, meta included.
+    attend: another's implementation of the method, for q, k and v as causal_attention takes them.
     """
-    attend = functools.partial(METHODS[method], group=mesh.get_group())
+    attend = attend or functools.partial(METHODS[method], group=mesh.get_group())
     for block in model.blocks.values():
         assert isinstance(block, Block)
         block.attention.attend = attend

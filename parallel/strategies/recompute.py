@@ -26,8 +26,17 @@ OPERATIONS: dict[Operation, tuple[Any, ...]] = {
 }
 
 
-def apply_recompute(model: Transformer, options: Recompute) -> None:
-    """Makes the blocks of `model` recompute themselves in backward, in place."""
+def recomputed(function: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
+    """function(*args), whose activations are not kept."""
+    # Nothing in a block draws random numbers, so their state need not be saved.
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def apply_recompute(model: Transformer, options: Recompute, *, recomputed: Callable[..., Tensor] = recomputed) -> None:
+    """Makes the blocks of `model` recompute themselves in backward, in place.
+
+    recomputed: another's implementation, for whole blocks.
+    """
     blocks = list(model.blocks.values())
     if options.mode == "sqrt":
         # One checkpoint spans several blocks, so it is the model's walk over them that changes.
@@ -36,12 +45,7 @@ def apply_recompute(model: Transformer, options: Recompute) -> None:
     every = 1 if options.mode == "selective" else options.every
     for block in blocks[::every] if every else ():
         assert isinstance(block, Block)
-        block.run = _selective(options.save) if options.mode == "selective" else _recomputed
-
-
-def _recomputed(function: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
-    # Nothing in a block draws random numbers, so their state need not be saved.
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **options)
+        block.run = _selective(options.save) if options.mode == "selective" else recomputed
 
 
 def _selective(save: tuple[Operation, ...]) -> Callable[..., Tensor]:
@@ -51,11 +55,11 @@ def _selective(save: tuple[Operation, ...]) -> Callable[..., Tensor]:
         return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)
-    return functools.partial(_recomputed, context_fn=contexts)
+    return functools.partial(recomputed, context_fn=contexts)
 
 
 def _walk_in_groups(size: int, blocks: Iterable[nn.Module], x: Tensor, rotary: Rotary) -> Tensor:
     every_block = list(blocks)
     for start in range(0, len(every_block), size):
-        x = _recomputed(walk, every_block[start : start + size], x, rotary)
+        x = recomputed(walk, every_block[start : start + size], x, rotary)
     return x
