@@ -384,7 +384,7 @@ def test_the_record_of_hpz_shows_which_weights_come_from_near(deepspeed_ranks: R
     assert sent["dp_replicate·dp_shard", "all_gather"] == pytest.approx(3 / 4 * whole, rel=0.05)  # for forward
     assert 0.2 * whole < sent["dp_shard", "all_gather"] <= whole / 2  # for backward, of what did not stay
     parameters = record["memory"]["per_rank"][0]["parameters_bytes"]
-    assert whole / 4 < parameters <= pytest.approx(3 / 4 * whole, rel=0.05)  # with the part of two ranks, or some of it
+    assert 0.3 * whole < parameters < 0.8 * whole  # a quarter, and of the half that is near what there is at the peak
 
 
 def test_the_record_of_a_pipeline_shows_its_actions(deepspeed_ranks: Ranks, tmp_path: Path) -> None:

@@ -109,6 +109,7 @@ def test_wandb_is_told_recipe_steps_and_result(tmp_path: Path, monkeypatch: pyte
     track(recipe, tmp_path / "watched", ROWS)
     [told] = wandb_runs(tmp_path / "watched")
     assert (told["display_name"], told["project"], told["job_type"]) == ("watched", "parallel-lab", "run")
+    assert told["config"].keys() >= recipe.resolved().keys()
     assert told["tags"] == ["nightly", "h100"] and told["notes"] == "a note" and told["run_group"] == ""
     assert {key: told["config"][key] for key in ("train", "parallel")} == {
         key: recipe.resolved()[key] for key in ("train", "parallel")
