@@ -140,7 +140,7 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
 
         self._config, self._last = subject.config, 0
-        self._open = functools.partial(SummaryWriter, str(subject.folder / "tensorboard"), flush_secs=5)
+        self._open = functools.partial(SummaryWriter, str(subject.folder / "tensorboard"), flush_secs=1)
 
     @functools.cached_property
     def _writer(self) -> Any:

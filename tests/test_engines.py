@@ -409,6 +409,11 @@ def test_an_engine_that_is_not_installed_says_how_to_install_it(monkeypatch: pyt
             refuse_missing_packages(of_engine(name, {}))
         said = f"engine.name = '{name}': is not installed; pip install 'parallel-lab[{name}]'"
         assert str(refusal.value) == said
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "deepspeed" or None)
+    with pytest.raises(
+        RecipeError, match=r"engine.plugin = 'deepspeed': is not installed; .* 'parallel-lab\[deepspeed\]'"
+    ):
+        refuse_missing_packages(by_deepspeed(dict(engine=PLUGIN)))
 
 
 def test_no_dry_run_and_no_checkpoint_of_another_engine() -> None:
