@@ -376,6 +376,40 @@ def test_what_else_deepspeed_does_is_as_one_process(
         assert losses == pytest.approx(alone[0], rel=1e-5) and norms == pytest.approx(alone[1], rel=1e-4)
 
 
+def refusal_without(recipe: Recipe, section: str, key: str) -> str:
+    """What is said where DeepSpeed was not told `key` of that section of its configuration."""
+    from parallel.engines import deepspeed
+
+    config = deepspeed.config_of(recipe)
+    del config[section][key]
+    with mock.patch.object(deepspeed, "config_of", lambda recipe: config), pytest.raises(RecipeError) as refusal:
+        engine_of(recipe, mesh=build_mesh(recipe, "cpu"), device=CPU)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("sections", "key", "said"),
+    [
+        (dict(parallel=dict(tp=2), **AUTOTP), ("tensor_parallel", "autotp_size"), "split by AutoTP: 0, where .* 28;"),
+        (
+            dict(parallel=dict(dp_shard=2), engine=dict(offload="parameters")),
+            *(("zero_optimization", "offload_param"), "weights offloaded: False, where the recipe says True;"),
+        ),
+        (
+            dict(parallel=dict(dp_replicate=2, dp_shard=2)),
+            *(("zero_optimization", "zero_hpz_partition_size"), "ranks of hpZ: 4, where the recipe says 2;"),
+        ),
+    ],
+    ids=["autotp", "offload", "hpz"],
+)
+def test_what_deepspeed_has_not_prepared_is_refused(
+    deepspeed_ranks: Ranks, sections: Sections, key: tuple[str, str], said: str
+) -> None:
+    recipe = by_deepspeed(sections)
+    for refusal in deepspeed_ranks(recipe.world_size, anew, refusal_without, recipe, *key):
+        assert re.search(f"engine.name = 'deepspeed': has prepared .*{said}", refusal), refusal
+
+
 def test_the_record_of_hpz_shows_which_weights_come_from_near(deepspeed_ranks: Ranks, tmp_path: Path) -> None:
     recipe = by_deepspeed(dict(parallel=dict(dp_replicate=2, dp_shard=2)), steps=5)
     record = deepspeed_ranks(4, anew, run, recipe, str(tmp_path))[0]

@@ -62,10 +62,35 @@ class DeepSpeedEngine:
         self.optimizer = adamw(recipe, model.parameters())
         self._engine: Any = self._initialized(model, mpu)
         self._zero: Any = self._engine.optimizer  # of a class for each stage; without one it is the AdamW
-        found = self._engine.zero_optimization_stage(), all(hasattr(p, "ds_id") for _, p in self._named)
-        if found != (self._stage, self._stage == 3) or (self._stage > 0) != (self._zero is not self.optimizer):
-            remedy = f"has prepared stage {found[0]} for engine.zero_stage {self._stage}; use engine.name = native"
-            raise RecipeError("engine.name", "deepspeed", remedy)
+        self._refuse_other_split()
+
+    def _refuse_other_split(self) -> None:
+        recipe, zero, of_parameters = self.recipe, self._zero, [parameter for _, parameter in self._named]
+        hybrid = recipe.parallel.dp_shard if recipe.parallel.dp_replicate > 1 and self._stage == 3 else 1
+        matrices = 7 * recipe.model.n_layers if recipe.parallel.tp > 1 else 0
+        wanted = {
+            "zero_stage": self._stage,
+            "weights shared": self._stage == 3,
+            "optimizer of its own": self._stage > 0,
+            "ranks of hpZ": hybrid,
+            "optimizer offloaded": recipe.engine.offload != "none",
+            "weights offloaded": recipe.engine.offload == "parameters",
+            "matrices split by AutoTP": matrices,
+        }
+        shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in self._named}
+        found = {
+            "zero_stage": self._engine.zero_optimization_stage(),
+            "weights shared": all(hasattr(parameter, "ds_id") for parameter in of_parameters),
+            "optimizer of its own": zero is not self.optimizer,
+            "ranks of hpZ": getattr(of_parameters[0], "ds_secondary_tensor_group_size", 1) if hybrid > 1 else 1,
+            "optimizer offloaded": bool(getattr(zero, "offload_optimizer", getattr(zero, "cpu_offload", False))),
+            "weights offloaded": bool(getattr(zero, "offload_param", False)),
+            "matrices split by AutoTP": sum(shape != self._shapes[name] for name, shape in shapes.items()),
+        }
+        for what, value in wanted.items():
+            if found[what] != value:
+                remedy = f"has prepared {what}: {found[what]}, where the recipe says {value}; use engine.name = native"
+                raise RecipeError("engine.name", recipe.engine.name, remedy)
 
     def _initialized(self, model: nn.Module, mpu: Any) -> Any:
         return deepspeed.initialize(model=model, optimizer=self.optimizer, config=config_of(self.recipe), mpu=mpu)[0]
