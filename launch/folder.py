@@ -8,14 +8,16 @@
 
 A folder that holds something else is refused, and no file but these is ever removed; those of wandb/ are not either,
 for they may not have been sent yet. While a run is under way its launcher and its rank 0 hold a lock (flock(2)) on its
-folder, which ends with them, however they end.
+folder, and so does who runs a comparison on that of the comparison; a lock ends with its process, however that ends.
 """
 
 import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Collection, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +130,47 @@ def remove_results(folder: Path, *, resume: bool = False) -> str | None:
 def hold(folder: Path) -> int:
     """A descriptor: until it is closed, or this process has ended, a run is under way in `folder`."""
     descriptor = os.open(folder, os.O_RDONLY)
-    with contextlib.suppress(OSError):  # a file system without locks, or somebody asks at this moment
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    _lock(descriptor, fcntl.LOCK_SH)
     return descriptor
+
+
+@contextlib.contextmanager
+def held_alone(folder: Path) -> Iterator[None]:
+    """Within, a comparison is under way in `folder`, and no other can be. Raises RecipeError where another is."""
+    refuse_other_folder(folder, COMPARISON_FILES)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise RecipeError("--out", str(folder), f"cannot be written ({error.strerror}); give another folder") from None
+    try:
+        if not _lock(descriptor, fcntl.LOCK_EX):
+            remedy = f"{_holder(folder)} has a comparison under way there; wait for its end, or give another folder"
+            raise RecipeError("--out", str(folder), remedy)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+    """False where another process has a lock and keeps it: who only asks, as `under_way` does, has it for a moment."""
+    with contextlib.suppress(OSError):  # a file system without locks
+        for _ in range(10):
+            try:
+                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                time.sleep(0.01)
+        return False
+    return True
+
+
+def _holder(folder: Path) -> str:
+    """The process that says in comparison.json that it is its own."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        listed = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+        return f"process {int(listed['process'])} (since {str(listed['since'])[:25]})"
+    return "another process"
 
 
 def under_way(folder: Path) -> bool | None:
@@ -200,7 +240,8 @@ def prepare_comparison(folder: Path, name: str, variants: Sequence[str], *, keep
 def list_variants(folder: Path, name: str, variants: Sequence[str]) -> None:
     """Marks `folder` as that of a comparison. Raises RecipeError."""
     refuse_other_folder(folder, COMPARISON_FILES)
-    listed = json.dumps({"name": name, "variants": list(variants)}, indent=1)
+    process = {"process": os.getpid(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
+    listed = json.dumps({"name": name, "variants": list(variants)} | process, indent=1)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "comparison.json").write_text(listed + "\n", encoding="utf-8")

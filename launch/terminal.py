@@ -81,6 +81,10 @@ def add_rank_options(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", type=Path, default=Path("runs"), help="results; default: runs")
 
 
+def add_force_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="start ranks that need more memory than this machine has")
+
+
 def add_label_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--cluster-name", metavar="NAME", help="of this cluster, in the record; default: $PARALLEL_LAB_CLUSTER")

@@ -1,4 +1,4 @@
-"""Does a recipe fit into the memory of its accelerators? A dry run of each kind of rank tells."""
+"""Does a recipe fit into memory? A dry run of each kind of rank tells."""
 
 from collections.abc import Callable
 
@@ -32,3 +32,13 @@ def refuse_too_large(recipe: Recipe, *, memory_bytes: int, given: str, say: Call
         if memory["peak_bytes"] > fullest["peak_bytes"]:
             fullest = {"rank": rank, **memory}
     return fullest
+
+
+def bytes_of_all_ranks(recipe: Recipe, *, enough: int, say: Callable[[str], None]) -> int:
+    """The peaks of all ranks together, by a dry run of each kind; once they are above `enough`, no other is asked."""
+    kinds, total = distinct_ranks(recipe), 0
+    for rank, measures in measure_each(recipe, list(kinds), say):
+        total += kinds[rank] * measures.memory["peak_bytes"]
+        if total > enough:
+            break
+    return total

@@ -1,6 +1,7 @@
 """The `lab` command and its ranks, as real processes. Most ranks run a stand-in for parallel.training that goes wrong
 as the recipe's name says, put first on PYTHONPATH; the last tests train."""
 
+import fcntl
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
@@ -21,7 +23,7 @@ import launch.starting
 import parallel
 from launch.cli import main
 from launch.compare import load_comparison, on_one_device
-from launch.folder import recipe_toml
+from launch.folder import held_alone, recipe_toml, under_way
 from launch.table import WIDTH, row, table
 from launch.terminal import n_bytes, printable
 from launch.verdict import is_out_of_memory, place, record_error
@@ -628,6 +630,35 @@ def test_resume_keeps_what_is_done_and_runs_the_rest(lab: Lab) -> None:
         write_record(lab.folder / "runs" / "trio" / name / "record.json", record)
     _, out, _ = lab("compare", file, "--resume", "--set", "train.steps=7")
     assert "done before" not in out
+
+
+def test_a_folder_is_of_one_comparison_at_a_time(lab: Lab) -> None:
+    file = comparison_file(lab, "hangs-rank-0")
+    first = lab.start("compare", file)
+    lab.wait_for(lambda: lab.pids.exists() and len(lab.pids.read_text().split()) == 3)
+    listed = (lab.folder / "runs" / "trio" / "comparison.json").read_bytes()
+    code, out, err = lab("compare", comparison_file(lab, "good"))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"--out = 'runs/trio': process {first.pid} (since 20" in err and "wait for its end, or give another" in err
+    assert (lab.folder / "runs" / "trio" / "comparison.json").read_bytes() == listed
+    first.kill()  # whose lock ends with it
+    first.communicate()
+    lab.wait_for(lambda: lab.running() == [])
+    code, out, _ = lab("compare", file)
+    assert code == 0 and "good" in out
+
+
+def test_who_only_asks_for_a_lock_keeps_nobody_from_it(tmp_path: Path) -> None:
+    with held_alone(tmp_path):
+        assert under_way(tmp_path) and under_way(tmp_path)
+        with pytest.raises(RecipeError, match="another process has a comparison under way there"), held_alone(tmp_path):
+            raise AssertionError("two at once")
+    asking = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(asking, fcntl.LOCK_EX)
+    threading.Timer(0.02, os.close, [asking]).start()
+    with held_alone(tmp_path):
+        assert under_way(tmp_path)
+    assert not under_way(tmp_path)
 
 
 def test_predict_dry_runs_every_variant_for_the_page(lab: Lab) -> None:

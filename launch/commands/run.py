@@ -4,13 +4,15 @@ import argparse
 import sys
 
 from launch.commands.check import recipe_with_data
-from launch.compare import is_comparison
+from launch.compare import is_comparison, visible_gpus
 from launch.folder import RUN_FILES, refuse_other_folder, resumed_run
+from launch.room import refuse_without_room
 from launch.starting import Starter
 from launch.supervisor import refuse_too_many, supervise
 from launch.table import remark_on, table
 from launch.terminal import (
     CommandError,
+    add_force_option,
     add_label_options,
     add_rank_options,
     add_resume_options,
@@ -31,6 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_rank_options(parser)
     add_label_options(parser)
     add_resume_options(parser)
+    add_force_option(parser)
     restarts = "when a rank dies, start all again from the last checkpoint, at most N times; default: 0"
     parser.add_argument("--max-restarts", metavar="N", type=int, default=0, help=restarts)
 
@@ -52,6 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     if resumed_run(recipe, folder, resume=arguments.resume, resume_from=arguments.resume_from):
         options += ["--resume"] if arguments.resume else ["--resume-from", str(arguments.resume_from)]
     say = progress(arguments)
+    if not arguments.force:
+        refuse_without_room(recipe, n_gpus=visible_gpus, say=say)
     with Starter() as starter:
         record = supervise(
             recipe,

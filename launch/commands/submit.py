@@ -15,6 +15,7 @@ from launch.folder import (
     COMPARISON_FILES,
     RUN_FILES,
     SUBMITTED,
+    held_alone,
     prepare_comparison,
     prepare_run,
     recipe_toml,
@@ -181,7 +182,7 @@ def _submit_comparison(
     comparison: Comparison, train: Submission, report: Submission, folder: Path, tasks: dict[str, int]
 ) -> dict[str, Any]:
     _refuse_while_jobs_use(folder, COMPARISON_FILES)
-    with train.held(folder) as job:
+    with held_alone(folder), train.held(folder) as job:
         prepare_comparison(folder, comparison.name, [variant.name for variant in comparison.variants])
         (folder / "logs").mkdir(exist_ok=True)
         for variant in comparison.variants:
