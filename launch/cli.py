@@ -25,23 +25,32 @@ COMMANDS = {
     "preflight": preflight,
 }
 EXAMPLES = """examples:
-  lab check recipes/strategies/*.toml                  is every recipe right? starts nothing
-  lab run recipes/strategies/fsdp.toml                 4 processes on this machine
-  lab run recipes/strategies/fsdp.toml --set train.steps=5 --set sharding.prefetch=2
+  lab check recipes/strategies/*.toml
+      is every recipe right? starts nothing
+  lab run recipes/strategies/fsdp.toml --set train.steps=5
+      4 processes on this machine
   lab check recipes/large/llama3-8b-fsdp.toml --memory 80GiB
-                                                       does every rank fit? dry-runs one of each kind
+      does every rank fit? dry-runs one of each kind
   lab dry-run recipes/large/llama3-8b-fsdp.toml --world-size 1024
-                                                       memory and traffic of a rank, from this machine alone
+      memory and traffic of a rank, from this machine alone
   lab plan recipes/large/llama3-8b-fsdp.toml --cluster h100 --ranks 64
-                                                       the best layouts there, foretold, and how sure
-  lab compare recipes/compare/first-look.toml          a table of four strategies in a minute
-  lab report runs --html page.html                     a page of every result in a folder
-  lab run recipes/tiny.toml --set checkpoint.every=5   saves itself; --resume goes on, in any layout
-  lab checkpoint export runs/tiny --to tiny-llama      its weights, for Hugging Face's transformers
-  lab submit recipes/mixes/fsdp-tp.toml --nodes 2      the same run by Slurm; lab status runs/fsdp-tp --watch
+      the best layouts there, foretold, and how sure
+  lab compare recipes/compare/first-look.toml
+      a table of four strategies in a minute
+  lab report runs --html page.html
+      a page of every result in a folder
+  lab run recipes/tiny.toml --set checkpoint.every=5
+      saves itself; --resume goes on, in any layout
+  lab checkpoint export runs/tiny --to tiny-llama
+      its weights, for Hugging Face's transformers
+  lab submit recipes/mixes/fsdp-tp.toml --nodes 2
+      the same run by Slurm; lab status runs/fsdp-tp --watch
 
 exit codes: 0 done, 1 a run failed, 2 the recipe or the command line is wrong,
-75 a signal has ended a run that saved itself and can go on: --resume"""
+75 a signal has ended a run that saved itself and can go on: --resume
+
+completion: eval "$(register-python-argcomplete lab)" in bash and zsh,
+register-python-argcomplete --shell fish lab | source in fish"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,6 +85,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         added.add_argument("--json", action="store_true", help="machine-readable, alone on stdout")
         command.add_options(added)
 
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks how the line may go on
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     first = next((argument for argument in argv if not argument.startswith("-")), None)
     if first is not None and first not in COMMANDS:
         raise CommandError(f"unknown command {first!r}; {did_you_mean(first, list(COMMANDS))}")

@@ -24,8 +24,8 @@ from typing import Any
 from launch.folder import PREDICTED, prepare_comparison
 from launch.starting import Starter
 from launch.supervisor import supervise
-from launch.table import progress_line
-from launch.terminal import CommandError, did_you_mean
+from launch.table import progress_line, width_of
+from launch.terminal import CommandError, Status, did_you_mean
 from parallel.measure.record import environment, new_record, read_record, write_record
 from parallel.recipe import Recipe, RecipeError, check_name
 from parallel.recipe.reading import apply_overrides, read_toml, recipe_from_tables, refuse_unknown_keys
@@ -135,11 +135,11 @@ def run_comparison(
     *,
     out: Path,
     starter: Starter,
-    say: Callable[[str], None],
+    status: Status,
     options: Sequence[str],
     resume: bool,
 ) -> list[dict[str, Any]]:
-    """Runs every variant, each whatever came of the others; the records, in order. `say` gets lines of progress.
+    """Runs every variant, each whatever came of the others; the records, in order.
 
     resume: takes the records of variants that an earlier, interrupted call has done as they are. Raises RecipeError
     before anything is started where a folder cannot be used, and Interrupted.
@@ -152,16 +152,16 @@ def run_comparison(
     records: list[dict[str, Any]] = []
     for number, variant in enumerate(comparison.variants, start=1):
         if variant.name in done:
-            say(f"[{number}/{n}] {variant.name}  (done before)")
+            status.say(f"[{number}/{n}] {variant.name}  (done before)")
             records.append(done[variant.name])
         else:
             elapsed = time.monotonic() - start
             left = f", about {_clock(elapsed / n_run * (n_left - n_run))} left" if n_run else ""
-            say(f"[{number}/{n}] {variant.name}  ({_clock(elapsed)} elapsed{left})")
+            status.say(f"[{number}/{n}] {variant.name}  ({_clock(elapsed)} elapsed{left})")
             settled = _settled(options, [*done.values(), *records])
-            records.append(_run_variant(variant, folder, starter, [*options, *settled]))
+            records.append(_run_variant(variant, folder, starter, [*options, *settled], status))
             n_run += 1
-        say(progress_line(records[-1]))
+        status.say(progress_line(records[-1], width=width_of(status.stream)))
     return records
 
 
@@ -234,11 +234,13 @@ def _done(comparison: Comparison, folder: Path) -> dict[str, dict[str, Any]]:
     return done
 
 
-def _run_variant(variant: Variant, folder: Path, starter: Starter, options: Sequence[str]) -> dict[str, Any]:
+def _run_variant(
+    variant: Variant, folder: Path, starter: Starter, options: Sequence[str], status: Status
+) -> dict[str, Any]:
     if variant.recipe is None:
         return refuse_variant(variant, folder)
     try:
-        return supervise(variant.recipe, out=folder, starter=starter, options=options)
+        return supervise(variant.recipe, out=folder, starter=starter, options=options, echo=status.now)
     except (OSError, subprocess.SubprocessError, RecipeError) as error:  # no more processes, disk or access
         return new_record(variant.recipe) | {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
 

@@ -1,16 +1,23 @@
-"""The terminal's table: a row per record, at most 100 columns wide, and what was compared below it."""
+"""The terminal's table: a row per record, as wide as the terminal or a file, and what was compared below it."""
 
 import dataclasses
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
-from launch.terminal import printable
+from launch.terminal import coloured, columns_of, printable
 from parallel.measure.record import Record
 from parallel.recipe import MESH_DIMS
 
-WIDTH = 100
+WIDTH = 100  # columns of a file, and at most those of a terminal
+SPARE = (
+    "max_abs_loss_diff",
+    "mfu_causal",
+    "cpu_seconds_per_step",
+    "hfu",
+)  # what a narrow terminal lacks, the first first
+NAME_WIDTH, LEAST_NAME_WIDTH = 16, 10  # of a name, and of a layout: before a column is left out, and then
 LARGEST_REASON = 2000  # characters
 LONGEST_TEXT = 4000  # characters of one text in a record; a reason holds the end of a log
 
@@ -97,24 +104,49 @@ def layout_kind(layout: Mapping[str, Any]) -> str | None:
     return short and re.sub(r"(dp)\d+", r"\1", short)
 
 
-def table(records: Sequence[Mapping[str, Any]]) -> str:
+def table(records: Sequence[Mapping[str, Any]], *, width: int = WIDTH) -> str:
     """The whole text: head, rows, reasons of those that did not end well, and what was compared."""
-    cells = [[top for top, *_ in COLUMNS], [bottom for _, bottom, *_ in COLUMNS]]
-    cells += [list(_cells(record).values()) for record in records]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    gap = 2 if sum(widths) + 2 * (len(widths) - 1) <= WIDTH else 1
-    for column in (0, 1):  # a long name gives way first, then a long layout
-        too_wide = sum(widths) + gap * (len(widths) - 1) - WIDTH
-        widths[column] -= max(0, min(too_wide, widths[column] - 10))
+    rows = [_cells(record) for record in records]
+    columns, left_out = list(COLUMNS), []
+    widths = _widths(columns, rows)
+    for spare in SPARE:
+        if sum(min(each, NAME_WIDTH) for each in widths[:2]) + sum(widths[2:]) + len(widths) - 1 <= width:
+            break
+        column = next(column for column in columns if column[2] == spare)
+        columns.remove(column)
+        left_out.append(" ".join(column[:2]).replace(" %", "").replace(" /", "/"))
+        widths = _widths(columns, rows)
+    gap = 2 if sum(widths) + 2 * (len(widths) - 1) <= width else 1
+    for place in (0, 1):  # a long name gives way first, then a long layout
+        too_wide = sum(widths) + gap * (len(widths) - 1) - width
+        widths[place] -= max(0, min(too_wide, widths[place] - LEAST_NAME_WIDTH))
+    cells = [[top for top, *_ in columns], [bottom for _, bottom, *_ in columns]]
+    cells += [[row[key] for _, _, key, *_ in columns] for row in rows]
     lines = []
     for line in cells:
-        fitted = (_fit(cell, width, align) for cell, width, (*_, align, _) in zip(line, widths, COLUMNS, strict=True))
+        fitted = (_fit(cell, each, align) for cell, each, (*_, align, _) in zip(line, widths, columns, strict=True))
         lines.append((" " * gap).join(fitted).rstrip())
     lines.insert(2, "-" * (sum(widths) + gap * (len(widths) - 1)))
-    below = [text for record in records if (text := remark_on(record))]
-    below += _without_peak(records) + _noted_proofs(records) + _foretold(records)
-    below += [text for record in records if (text := goodput_in_words(record))]
-    return "\n".join([*lines, "", *below, *([""] if below else []), _wrapped(_compared(records)), _wrapped(LEGEND)])
+    below = [text for record in records if (text := remark_on(record, width=width))]
+    notes = [*_without_peak(records), *_noted_proofs(records), *_foretold(records), *map(goodput_in_words, records)]
+    below += [_wrapped(text, width=width) for text in notes if text]
+    about = [_compared(records), LEGEND]
+    if left_out:
+        about.insert(0, f"Not in {width} columns: {', '.join(left_out)}.")
+    return "\n".join([*lines, "", *below, *([""] if below else []), *(_wrapped(text, width=width) for text in about)])
+
+
+def table_for(stream: TextIO, records: Sequence[Mapping[str, Any]]) -> str:
+    """The same, as `stream` shows it best: no wider than its terminal, and in colour there."""
+    return coloured(table(records, width=width_of(stream)), stream)
+
+
+def width_of(stream: TextIO) -> int:
+    return min(columns_of(stream) or WIDTH, WIDTH)
+
+
+def _widths(columns: Sequence[tuple[str, str, str, str, float]], rows: Sequence[Mapping[str, str]]) -> list[int]:
+    return [max(len(top), len(bottom), *(len(row[key]) for row in rows)) for top, bottom, key, *_ in columns]
 
 
 def _without_peak(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -124,7 +156,7 @@ def _without_peak(records: Sequence[Mapping[str, Any]]) -> list[str]:
         shown, flops = row(record), record["flops"]
         if shown["mfu"] is None and shown["step_seconds"]["median"] is not None and flops["peak_flops"] is None:
             names.setdefault(str(flops["peak_source"])[:LARGEST_REASON], []).append(_name(record)[:60])
-    return [_wrapped(f"{', '.join(of_reason)}: no MFU: {reason}") for reason, of_reason in names.items()]
+    return [f"{', '.join(of_reason)}: no MFU: {reason}" for reason, of_reason in names.items()]
 
 
 def _foretold(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -135,7 +167,7 @@ def _foretold(records: Sequence[Mapping[str, Any]]) -> list[str]:
             cluster = str(table_in(record["prediction"]).get("cluster"))[:60]
             names.setdefault(cluster, []).append(_name(record)[:60])
     note = "not run; step s, MFU and HFU are foretold for cluster"
-    return [_wrapped(f"{', '.join(of_cluster)}: {note} {cluster}") for cluster, of_cluster in names.items()]
+    return [f"{', '.join(of_cluster)}: {note} {cluster}" for cluster, of_cluster in names.items()]
 
 
 def goodput_in_words(record: Mapping[str, Any]) -> str:
@@ -150,7 +182,7 @@ def goodput_in_words(record: Mapping[str, Any]) -> str:
     rest = [f"{name} {three_digits(value)} s" for name, value in each if value > 0]
     good = f"{100 * seconds['fraction']:.1f} % of {three_digits(seconds['total_seconds'] or 0)} s trained what counts"
     of_lives = f"in {n_lives} {'lives' if n_lives > 1 else 'life'}"
-    return _wrapped(f"{_name(record)[:60]}: goodput: {good}, {of_lives}; {', '.join(rest)}")
+    return f"{_name(record)[:60]}: goodput: {good}, {of_lives}; {', '.join(rest)}"
 
 
 def _noted_proofs(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -159,13 +191,13 @@ def _noted_proofs(records: Sequence[Mapping[str, Any]]) -> list[str]:
     for record in records:
         if (note := record["parity"]["note"]) is not None:
             names.setdefault(str(note)[:LARGEST_REASON], []).append(_name(record)[:60])
-    return [_wrapped(f"{', '.join(of_note)}: {note}") for note, of_note in names.items()]
+    return [f"{', '.join(of_note)}: {note}" for note, of_note in names.items()]
 
 
-def progress_line(record: Mapping[str, Any]) -> str:
+def progress_line(record: Mapping[str, Any], *, width: int = WIDTH) -> str:
     """What came of one run, in short."""
     if record["status"] != "ok":
-        return f"  {remark_on(record)}"
+        return f"  {remark_on(record, width=width - 2)}"
     cells = _cells(record)
     step = f"loss {cells['loss']}, {cells['step_median']} s/step"
     return f"  ok: {step}, grad diff {cells['max_rel_grad_diff']}, parity {cells['parity']}"
@@ -204,24 +236,25 @@ def _fit(cell: str, width: int, align: str) -> str:
     return f"{cell if len(cell) <= width else cell[: width - 1] + '…':{align}{width}}"
 
 
-def remark_on(record: Mapping[str, Any]) -> str:
+def remark_on(record: Mapping[str, Any], *, width: int = WIDTH) -> str:
     """Why a run is not as it should be, wrapped; "" where it is."""
     name = _name(record)[:60]
     if record["status"] != "ok":
         reason, *log = str(record["reason"] or "no reason given")[:LARGEST_REASON].splitlines()
-        return "\n".join([_wrapped(f"{name}: {record['status']}: {reason}"), *(_wrapped(line, "    ") for line in log)])
+        first = _wrapped(f"{name}: {record['status']}: {reason}", width=width)
+        return "\n".join([first, *(_wrapped(line, "    ", width=width) for line in log)])
     if record["parity"]["passed"] is False:
-        return _wrapped(f"{name}: parity FAILED: its gradients are not those of one process")
-    if record["parity"]["trained_passed"] is False:
-        return _wrapped(
-            f"{name}: parity FAILED in its own precision: the kernels that train are not those of the proof"
-        )
-    return ""
+        wrong = "parity FAILED: its gradients are not those of one process"
+    elif record["parity"]["trained_passed"] is False:
+        wrong = "parity FAILED in its own precision: the kernels that train are not those of the proof"
+    else:
+        return ""
+    return _wrapped(f"{name}: {wrong}", width=width)
 
 
-def _wrapped(text: str, indent: str = "") -> str:
+def _wrapped(text: str, indent: str = "", *, width: int) -> str:
     return textwrap.fill(
-        printable(text), WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False
+        printable(text), width, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False
     )
 
 

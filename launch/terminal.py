@@ -1,6 +1,7 @@
 """Command lines in, text out: errors in one line, and nothing printed that a terminal would obey."""
 
 import argparse
+import dataclasses
 import difflib
 import functools
 import math
@@ -9,12 +10,21 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self, TextIO
 
 from parallel.measure.record import CLUSTER, LABELS
-from parallel.recipe import RecipeError
+from parallel.recipe import SECTIONS, RecipeError
 
 LONGEST_LABEL = 1000  # characters
+STEP = re.compile(r"step +(\d+)/(\d+) +(.*)")  # a line of a rank's progress
+BAR = 12  # columns
+RED, GREEN, BOLD, DIM = "31", "32", "1", "2"  # ECMA-48, select graphic rendition
+COLOURS = (  # of what a table and lines of progress say
+    (re.compile(r"^  ok:|(?<= )passed$", re.MULTILINE), GREEN),
+    (re.compile(r"(?<= )(?:FAILED|failed|oom|timeout|refused)$", re.MULTILINE), RED),
+    (re.compile(r"(?<=: )(?:failed|oom|timeout)(?=: )|parity FAILED(?=[: ])"), RED),
+    (re.compile(r"^\[\d+/\d+\] \S+"), BOLD),
+)
 
 
 class CommandError(ValueError):
@@ -62,12 +72,87 @@ def n_bytes(key: str, text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** (1 + "KMGT".index(prefix)))
 
 
+# ---- a terminal, if it is one ---------------------------------------------------------------------------------------
+
+
+def columns_of(stream: TextIO) -> int | None:
+    """How wide the terminal is that `stream` prints to; None where it prints to a file, a pipe or the like."""
+    if not stream.isatty():
+        return None
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except OSError:
+        return 80
+
+
+def in_colour(stream: TextIO) -> bool:
+    """Not where somebody has said NO_COLOR (no-color.org)."""
+    return _obeys(stream) and not os.environ.get("NO_COLOR")
+
+
+def _obeys(stream: TextIO) -> bool:
+    """Whether it is a terminal that knows escape sequences."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def coloured(text: str, stream: TextIO) -> str:
+    """`text` with its verdicts in colour, where `stream` shows colours."""
+    if in_colour(stream):
+        for pattern, colour in COLOURS:
+            text = pattern.sub(f"\x1b[{colour}m\\g<0>\x1b[m", text)
+    return text
+
+
+class Status:
+    """Prints lines and, on a terminal, one below them that is written over and over: what goes on now."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self._shown = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._clear()
+
+    def say(self, line: str) -> None:
+        self._clear()
+        print(coloured(line, self.stream), file=self.stream, flush=True)
+
+    def now(self, line: str) -> None:
+        """line: what rank 0 of a run has printed; of a step, a bar is drawn. Nothing where this is no terminal."""
+        if not _obeys(self.stream):
+            return
+        self._clear()
+        done, left = "", ""
+        if step := STEP.match(line):
+            n_done = BAR * int(step[1]) // max(1, int(step[2]))
+            done, left, line = "━" * n_done, "─" * (BAR - n_done) + " ", f"{step[1]}/{step[2]}  {step[3]}"
+        room = (columns_of(self.stream) or 80) - 3 - len(done + left)
+        if step and in_colour(self.stream):
+            done, left = f"\x1b[{GREEN}m{done}\x1b[m", f"\x1b[{DIM}m{left}\x1b[m"
+        self.stream.write(f"  {done}{left}{printable(line)[:room]}")
+        self.stream.flush()
+        self._shown = True
+
+    def _clear(self) -> None:
+        if self._shown:
+            self.stream.write("\r\x1b[K")
+            self._shown = False
+
+
 # ---- options of several commands ------------------------------------------------------------------------------------
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     over = "over the file, as train.steps=5; repeat it"
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=over)
+    added = parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=over)
+    added.completer = _keys  # type: ignore[attr-defined]  # argcomplete's
+
+
+def _keys(**_: Any) -> list[str]:
+    return [f"{name}.{key.name}=" for name, section in SECTIONS.items() for key in dataclasses.fields(section)]
 
 
 def add_rank_options(parser: argparse.ArgumentParser) -> None:
@@ -128,4 +213,8 @@ def rank_options(arguments: argparse.Namespace) -> list[str]:
 
 def progress(arguments: argparse.Namespace) -> Callable[[str], None]:
     """Prints lines at once; not to stdout where that is for a machine."""
-    return functools.partial(print, file=sys.stderr if arguments.json else sys.stdout, flush=True)
+    return functools.partial(print, file=progress_stream(arguments), flush=True)
+
+
+def progress_stream(arguments: argparse.Namespace) -> TextIO:
+    return sys.stderr if arguments.json else sys.stdout

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 from launch.folder import RUN_FILES, hold, refuse_other_folder, remove_results, resumed_run
 from launch.redaction import Redacted
+from launch.table import table_for
 from launch.terminal import (
     CommandError,
     Parser,
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> int:
         add_rank_options(parser)
         add_label_options(parser)
         add_resume_options(parser)
-        parser.add_argument("--started", type=float, default=started, help=argparse.SUPPRESS)  # by `lab run`
+        parser.add_argument("--started", type=float, help=argparse.SUPPRESS)  # by `lab run`, which tells the end itself
         arguments = parser.parse(argv)
         rank_options(arguments)
         set_labels(arguments)
@@ -86,7 +87,7 @@ def main(argv: list[str]) -> int:
         if rank == 0:
             refuse_other_folder(folder, RUN_FILES)
             remove_results(folder, resume=arguments.resume or restarted)
-            start_life(folder, layout=vars(recipe.parallel), started=arguments.started)
+            start_life(folder, layout=vars(recipe.parallel), started=arguments.started or started)
             hold(folder)  # to the end of this process
     except OSError as error:
         print(f"launch.train: rank {rank}: --out cannot be used: {printable(error)}", file=sys.stderr)
@@ -101,7 +102,10 @@ def main(argv: list[str]) -> int:
     quiet = contextlib.redirect_stdout(Redacted(sys.stdout)), contextlib.redirect_stderr(Redacted(sys.stderr))
     tracked = tracking(recipe, folder, goes_on=arguments.resume or restarted)
     with quiet[0], quiet[1], tracked if rank == 0 else contextlib.nullcontext(lambda row: None) as told:
-        return run(recipe, folder, rank, options | {"told": told})
+        code = run(recipe, folder, rank, options | {"told": told})
+    if code == 0 and rank == 0 and arguments.started is None:
+        print(f"\n{table_for(sys.stdout, [read_record(folder / 'record.json')])}\n\n{folder}/record.json", flush=True)
+    return code
 
 
 def run(recipe: Recipe, folder: Path, rank: int, options: Mapping[str, Any]) -> int:

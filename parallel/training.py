@@ -121,6 +121,8 @@ def train_in_group(
         record.parity = prove(recipe, mesh=mesh, device=device)
         parity_seconds = time.perf_counter() - start
     ceiling = _ceiling(recipe, device)
+    local_ranks = hosts.count(hosts[dist.get_rank()])
+    peak_of = partial(peak_of_rank, device, recipe.train.dtype, local_ranks=local_ranks, given_flops=peak_flops)
 
     engine = engine_of(recipe, mesh=mesh, device=device)
     record.environment.engine = engine.name
@@ -146,7 +148,7 @@ def train_in_group(
     traced = min(first_step + WARM_UP_STEPS, recipe.train.steps)
     engine.observers += [
         FiniteCheck(),
-        Progress(recipe.train.steps),
+        Progress(recipe, peak=peak_of(matmul_ceiling_flops=ceiling).flops, counters=counters),
         Journal(out / "steps.jsonl", first_step=first_step, told=told),
         *([Trace(out, device, mesh=mesh, number=traced, clock=clock)] if profile else []),
         Timeline(recipe, device, mesh=mesh, clock=clock, waits_in_python=engine.waits_in_python),
@@ -169,10 +171,7 @@ def train_in_group(
 
     if device.type == "cpu":  # whatever else runs on the machine can only slow a product down
         ceiling = max(ceiling, _ceiling(recipe, device))
-    local_ranks = hosts.count(hosts[dist.get_rank()])
-    peak = peak_of_rank(
-        device, recipe.train.dtype, matmul_ceiling_flops=ceiling, local_ranks=local_ranks, given_flops=peak_flops
-    )
+    peak = peak_of(matmul_ceiling_flops=ceiling)
     counted = {rank: measures for rank, measures in enumerate(gathered(counters.measures)) if measures is not None}
     each = dict.fromkeys(range(recipe.world_size), 1)
     hidden = None if recipe.train.compile == "none" else "compiled code makes tensors where no tracker sees them"

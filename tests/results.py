@@ -40,14 +40,14 @@ def complete_record(name: str, factor: float = 1.0, sequences: int = 8, **parall
     record["steps"] = [
         {"step": n, "loss": 4.0 / n, "grad_norm": 1.0 / n, "seconds": 0.25 * factor} for n in range(1, 21)
     ]
-    record["parity"] = {
+    record["parity"] |= {
         "reference": "one process, same model and batch",
         "dtype": "float64",
         "max_rel_grad_diff": 3.5e-16 * factor,
         "max_abs_loss_diff": 8.9e-16,
         "passed": True,
     }
-    record["throughput"] = {
+    record["throughput"] |= {
         "tokens_per_s": 512 / factor,
         "tokens_per_s_per_rank": 512 / factor / ranks,
         "step_seconds": {"median": 0.25 * factor, "p10": 0.2 * factor, "p90": 0.4 * factor},
@@ -60,7 +60,7 @@ def complete_record(name: str, factor: float = 1.0, sequences: int = 8, **parall
         "steps_timed": 16,
         "steps_left_out": {"warm-up": 3, "profile": 1, "save": 0},
     }
-    record["flops"] = {
+    record["flops"] |= {
         "definition": "PaLM, appendix B",
         "model_flops_per_token": 1.25e6,
         "model_flops_per_token_causal": 1.2e6,

@@ -233,7 +233,7 @@ def test_a_run_prints_its_progress_and_a_table_and_leaves_its_files(lab: Lab) ->
     code, out, err = lab.run("good", "--nproc", "3")
     assert (code, err) == (0, "")
     assert out.startswith("rank 0 of 3, threads 1\n") and "passed" in out
-    assert out.splitlines()[-1] == "runs/good/record.json"
+    assert out.splitlines()[-1] == "runs/good/record.json" and out.count("Parity against") == 1
     folder = lab.folder / "runs" / "good"
     assert sorted(path.name for path in folder.iterdir()) == [
         "lives.json",
@@ -1063,9 +1063,13 @@ def test_torchrun_trains_the_same(tmp_path: Path) -> None:
     words = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "launch.train")
     settings = ("--set", "name=by-hand", "--set", "train.steps=3", "--set", "train.parity=false")
     process = real_lab(tmp_path, *words, str(RECIPES / "strategies" / "fsdp.toml"), *settings)
-    _, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert read_record(tmp_path / "runs" / "by-hand" / "record.json")["status"] == "ok"
+    record = read_record(tmp_path / "runs" / "by-hand" / "record.json")
+    assert record["status"] == "ok"
+    assert out.endswith(f"\n\n{table([record])}\n\nruns/by-hand/record.json\n")  # as `lab run` ends
+    steps = re.findall(r"^step (\d)/3 +loss \S+ +grad \S+ +\S+ s +\d+ tokens/s +MFU \S+ %(?: +(\S+) MiB)?$", out, re.M)
+    assert [number for number, _ in steps] == ["1", "2", "3"] and steps[1][1] == steps[2][1] != steps[0][1] == ""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Look at a run's checkpoints, check every byte, take the weights out or bring some in."""
+"""Look at a run's checkpoints, check each byte, take weights out or bring some in."""
 
 import argparse
 import sys

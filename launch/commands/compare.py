@@ -1,6 +1,7 @@
 """Run every variant of a comparison, then print the table."""
 
 import argparse
+import sys
 from collections.abc import Callable
 
 from launch.commands.check import comparison_with_data
@@ -10,14 +11,16 @@ from launch.page import write_page
 from launch.room import refuse_without_room
 from launch.starting import Starter
 from launch.supervisor import Interrupted
-from launch.table import remark_on, row, table
+from launch.table import remark_on, row, table, table_for
 from launch.terminal import (
     CommandError,
+    Status,
     add_force_option,
     add_label_options,
     add_rank_options,
     add_settings,
     progress,
+    progress_stream,
     rank_options,
     set_labels,
 )
@@ -48,18 +51,22 @@ def run(arguments: argparse.Namespace) -> int:
     folder = arguments.out / comparison.name
     with held_alone(folder):
         try:
-            with Starter() as starter:
+            with Starter() as starter, Status(progress_stream(arguments)) as status:
                 records = run_comparison(
-                    comparison, out=arguments.out, starter=starter, say=say, options=options, resume=arguments.resume
+                    comparison,
+                    out=arguments.out,
+                    starter=starter,
+                    status=status,
+                    options=options,
+                    resume=arguments.resume,
                 )
         except Interrupted as signal:
             raise Interrupted(f"{signal}; --resume goes on with what is left") from None
         if arguments.predict:
             predict(comparison, out=arguments.out, say=say)
-        text = table(records)
-        (folder / "table.txt").write_text(f"{text}\n", encoding="utf-8")
+        (folder / "table.txt").write_text(f"{table(records)}\n", encoding="utf-8")
         write_page(folder, folder / "page.html")
-    print(record_json([row(record) for record in records]) if arguments.json else f"\n{text}")
+    print(record_json([row(record) for record in records]) if arguments.json else f"\n{table_for(sys.stdout, records)}")
     say(f"\n{folder / 'table.txt'}\n{folder / 'page.html'}")
     recipes = [variant.recipe for variant in comparison.variants if variant.recipe is not None]
     track_comparison(folder, recipes, {record["recipe"]["name"]: record for record in records}, say=say)

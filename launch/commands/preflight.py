@@ -1,4 +1,4 @@
-"""Look over the hosts of an allocation: GPUs, versions, clocks, every link, the shared folder."""
+"""Look over the hosts of an allocation: GPUs, clocks, links, the shared folder."""
 
 import argparse
 import os

@@ -10,7 +10,7 @@ from typing import Any
 from launch.folder import PREDICTED
 from launch.history import find_drops, in_words
 from launch.page import find_records, page_html
-from launch.table import row, table
+from launch.table import row, table_for
 from launch.terminal import CommandError, printable, progress
 from parallel.measure.record import record_json
 from parallel.recipe import RecipeError
@@ -65,5 +65,6 @@ def _tables(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
     for identifier, record in rows:
         folders.setdefault(identifier.rpartition("/")[0], []).append(record)
     if len(folders) == 1:
-        return table(next(iter(folders.values())))
-    return "\n\n\n".join(f"{printable(name or 'runs')}\n\n{table(records)}" for name, records in folders.items())
+        return table_for(sys.stdout, next(iter(folders.values())))
+    tables = {name: table_for(sys.stdout, records) for name, records in folders.items()}
+    return "\n\n\n".join(f"{printable(name or 'runs')}\n\n{text}" for name, text in tables.items())

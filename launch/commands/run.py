@@ -9,7 +9,7 @@ from launch.folder import RUN_FILES, refuse_other_folder, resumed_run
 from launch.room import refuse_without_room
 from launch.starting import Starter
 from launch.supervisor import refuse_too_many, supervise
-from launch.table import remark_on, table
+from launch.table import remark_on, table_for, width_of
 from launch.terminal import (
     CommandError,
     add_force_option,
@@ -17,6 +17,7 @@ from launch.terminal import (
     add_rank_options,
     add_resume_options,
     add_settings,
+    coloured,
     printable,
     progress,
     rank_options,
@@ -71,9 +72,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(record_json(record))
     if record["status"] == "refused":
         raise CommandError(record["reason"])
-    if remark := remark_on(record):
-        print(f"lab: {remark}", file=sys.stderr)
+    if remark := remark_on(record, width=width_of(sys.stderr)):
+        print(coloured(f"lab: {remark}", sys.stderr), file=sys.stderr)
     elif not arguments.json:
-        print(f"\n{table([record])}")
+        print(f"\n{table_for(sys.stdout, [record])}")
     say(f"\n{arguments.out / recipe.name}/record.json")
     return 1 if remark else 0

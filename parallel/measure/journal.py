@@ -10,11 +10,15 @@ from typing import Any
 
 import torch.distributed as dist
 
+from parallel.measure.counters import Counters
+from parallel.measure.flops import model_flops_per_token
 from parallel.measure.observer import Observer, Step
 from parallel.measure.record import Record, finite, naming, read_steps
 from parallel.process import say
+from parallel.recipe import Recipe
 
 KEPT_STEPS = 10_000  # in the record, evenly spaced
+NARROW = 80  # columns of a terminal
 
 
 class Diverged(ArithmeticError):
@@ -77,13 +81,43 @@ class Journal(Observer):
 
 
 class Progress(Observer):
-    """Rank 0 prints a line a step."""
+    """Rank 0 prints a line a step.
 
-    def __init__(self, n_steps: int) -> None:
-        self._n_steps = n_steps
+        step  7/15  loss 4.8123  grad 1.23  0.448 s  4571 tokens/s  MFU 28.1 %  48.0 MiB
+
+    peak: of a rank's device, FLOP/s; None where it is not known. MFU is that of this one step, and the memory the peak
+    of this rank, once a step has been counted.
+    """
+
+    def __init__(self, recipe: Recipe, *, peak: float | None, counters: Counters) -> None:
+        train = recipe.train
+        self._n_steps, self._tokens = train.steps, train.global_batch * train.seq_len
+        flops = self._tokens * model_flops_per_token(recipe.model, seq_len=train.seq_len).full
+        self._least_seconds = None if peak is None else flops / (recipe.world_size * peak)
+        self._counters = counters
 
     @contextlib.contextmanager
     def step(self, step: Step) -> Iterator[None]:
         yield
-        number = f"{step.number:{len(str(self._n_steps))}}/{self._n_steps}"
-        say(f"step {number}  loss {step.loss:.4f}  grad_norm {step.grad_norm:.4f}  {step.seconds:.3f} s")
+        if dist.get_rank() == 0:
+            say(self._line(step))
+
+    def _line(self, step: Step) -> str:
+        parts = [f"step {step.number:{len(str(self._n_steps))}}/{self._n_steps}", f"loss {step.loss:.4f}"]
+        parts += [
+            f"grad {step.grad_norm:#.3g}",
+            f"{step.seconds:#.3g} s",
+            f"{self._tokens / step.seconds:.0f} tokens/s",
+        ]
+        if self._least_seconds is not None and self._least_seconds <= step.seconds:
+            parts.append(f"MFU {100 * self._least_seconds / step.seconds:#.3g} %")
+        if self._counters.measures and (peak_bytes := peak_of(self._counters.measures.memory)):
+            unit, size = ("GiB", 2**30) if peak_bytes >= 2**30 else ("MiB", 2**20)
+            parts.append(f"{peak_bytes / size:#.3g} {unit}")
+        line = "  ".join(parts)
+        return line if len(line) <= NARROW else " ".join(parts)
+
+
+def peak_of(memory: Mapping[str, Any]) -> int | None:
+    """Of live tensors or, where compiled code hides them, of the allocator."""
+    return memory.get("peak_bytes") or memory.get("allocator_peak_bytes")
