@@ -38,7 +38,7 @@ EXAMPLES = """examples:
   lab compare recipes/compare/first-look.toml
       a table of four strategies in a minute
   lab report runs --html page.html
-      a page of every result in a folder
+      a page of every result in a folder; --serve: one that follows runs
   lab run recipes/tiny.toml --set checkpoint.every=5
       saves itself; --resume goes on, in any layout
   lab checkpoint export runs/tiny --to tiny-llama

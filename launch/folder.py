@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import json
 import os
+import statistics
 import time
 from collections.abc import Collection, Iterator, Sequence
 from datetime import UTC, datetime
@@ -30,6 +31,7 @@ RUN_FILES = ("recipe.toml", "record.json", "steps.jsonl", LIVES)
 COMPARISON_FILES = ("comparison.json", "table.txt", "page.html")
 SUBMITTED = "slurm.json"  # the numbers of its jobs, where `lab submit` started it
 PREDICTED = "predicted"  # dry runs of a comparison's variants
+LAST_STEPS = 10  # whose speed is that of a run under way
 
 
 def refuse_other_folder(folder: Path, marks: tuple[str, ...]) -> None:
@@ -203,18 +205,45 @@ def abandoned(folder: Path) -> dict[str, Any] | None:
 
     None where there is no such run, or one may be under way.
     """
-    if not (folder / LIVES).is_file() or os.path.lexists(folder / "record.json") or under_way(folder) is not False:
+    if not _without_record(folder) or under_way(folder) is not False:
         return None
-    record = Record(kind="measured", recipe={"name": folder.absolute().name})
-    with contextlib.suppress(RecipeError):
-        record = Record.of(load_recipe(folder / "recipe.toml"))
-        record.environment, record.labels = Environment(), Labels()  # those of the run are not known
-    record.steps = read_steps(folder / "steps.jsonl")
+    record = _begun(folder)
     lives, ended = closed(folder)
     goes_on = "; lab run --resume goes on" if candidates(folder) else ""
     record.status, record.reason = "failed", f"{ended or NO_RECORD}{goes_on}"
     record.checkpoint.lives, record.goodput = lives, goodput(lives, record.steps)
     return record.as_json()
+
+
+def running(folder: Path) -> dict[str, Any] | None:
+    """What a run that is under way would record now: of status "running", with its steps and the speed of the last.
+
+    None where none is, or that cannot be told.
+    """
+    if not _without_record(folder) or not under_way(folder):
+        return None
+    record = _begun(folder)
+    last = record.steps[-1]["step"] if record.steps else 0
+    record.status, record.reason = "running", f"step {last}"
+    if train := record.recipe.get("train"):  # the recipe could be read
+        record.reason += f" of {train['steps']}"
+        if seconds := [row["seconds"] for row in record.steps[-LAST_STEPS:] if row.get("seconds")]:
+            record.throughput.tokens_per_s = train["global_batch"] * train["seq_len"] / statistics.median(seconds)
+    return record.as_json()
+
+
+def _without_record(folder: Path) -> bool:
+    return (folder / LIVES).is_file() and not os.path.lexists(folder / "record.json")
+
+
+def _begun(folder: Path) -> Record:
+    """Of the recipe of a run and the steps that it has done."""
+    record = Record(kind="measured", recipe={"name": folder.absolute().name})
+    with contextlib.suppress(RecipeError):
+        record = Record.of(load_recipe(folder / "recipe.toml"))
+        record.environment, record.labels = Environment(), Labels()  # those of the run are not known
+    record.steps = read_steps(folder / "steps.jsonl")
+    return record
 
 
 def prepare_comparison(folder: Path, name: str, variants: Sequence[str], *, keep: Collection[str] = ()) -> None:

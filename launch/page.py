@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from launch.folder import abandoned, variant_order
+from launch.folder import abandoned, running, variant_order
 from launch.history import cluster_of, cpu_of, engine_of, find_drops, hardware_of, model_of, shape_of, time_of
 from launch.table import LONGEST_TEXT, layout_kind, number_in, picked, short_layout, table_in, text_in
 from parallel.measure.record import CATEGORIES, Memory, Record, read_record
@@ -46,7 +46,7 @@ def find_records(folder: Path, below: tuple[str, ...] = ()) -> list[tuple[str, d
     """(folder below the first one with "/" between, record), the variants of a comparison in its order."""
     if os.path.lexists(folder / "record.json"):
         return [("/".join(below) or folder.resolve().name, read_record(folder / "record.json"))]
-    if record := abandoned(folder):
+    if record := running(folder) or abandoned(folder):
         return [("/".join(below) or folder.resolve().name, record)]
     if len(below) == DEEPEST or not folder.is_dir():
         return []
@@ -56,14 +56,18 @@ def find_records(folder: Path, below: tuple[str, ...] = ()) -> list[tuple[str, d
     return [found for path in inner for found in find_records(path, (*below, path.name))]
 
 
-def page_html(title: str, found: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """The whole page. title: plain text; found: unique identifiers with "/" between folders, and their records."""
+def page_html(title: str, found: Sequence[tuple[str, Mapping[str, Any]]], *, live: bool = False) -> str:
+    """The whole page. title: plain text; found: unique identifiers with "/" between folders, and their records.
+
+    live: it asks where it came from, launch/live.py, for newer data again and again, and so may connect there.
+    """
     style, text, *scripts = ((files("launch") / "page" / name).read_text(encoding="utf-8") for name in ASSETS)
     script = "\n".join(scripts)
     known = f"script-src '{_sha256(script)}'; style-src '{_sha256(style)}'"
-    policy = f"default-src 'none'; {known}; img-src data:; base-uri 'none'; form-action 'none'"
+    connect = " connect-src 'self';" if live else ""
+    policy = f"default-src 'none'; {known};{connect} img-src data:; base-uri 'none'; form-action 'none'"
     # The data last: a placeholder can hide in no record, for the data has no "<" ...
-    data = json.dumps({"title": title, **page_data(found)}, separators=(",", ":"), allow_nan=False)
+    data = data_json(title, found, live=live)
     for placeholder, value in (
         ("<!-- TITLE -->", html.escape(title)),
         ("<!-- POLICY -->", policy),
@@ -74,6 +78,10 @@ def page_html(title: str, found: Sequence[tuple[str, Mapping[str, Any]]]) -> str
     ):
         text = text.replace(placeholder, value)
     return text
+
+
+def data_json(title: str, found: Sequence[tuple[str, Mapping[str, Any]]], *, live: bool) -> str:
+    return json.dumps({"title": title, "live": live, **page_data(found)}, separators=(",", ":"), allow_nan=False)
 
 
 def _sha256(text: str) -> str:
@@ -100,7 +108,8 @@ def page_data(found: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
     for run in runs:
         if not run["hardware"]:  # refused before it chose a device: it belongs with the rest of its comparison
             known = machines.get(run["comparison"], set())
-            run["hardware"] = min(known) if len(known) == 1 else cpu_of(run["environment"])
+            unknown = "not known yet" if run["status"] == "running" else cpu_of(run["environment"])
+            run["hardware"] = min(known) if len(known) == 1 else unknown
             run["cluster"] = run["cluster"] or run["hardware"]
         run["predicted"] = predictions.get(recipes[run["id"]]) if run["kind"] == "measured" else None
     # A dry run of what was also run is shown beside it, and is no row of its own.

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Self, TextIO
@@ -18,6 +19,8 @@ from parallel.recipe import SECTIONS, RecipeError
 LONGEST_LABEL = 1000  # characters
 STEP = re.compile(r"step +(\d+)/(\d+) +(.*)")  # a line of a rank's progress
 BAR = 12  # columns
+WATCH_SECONDS = 2.0
+CLEAR = "\x1b[H\x1b[2J"
 RED, GREEN, BOLD, DIM = "31", "32", "1", "2"  # ECMA-48, select graphic rendition
 COLOURS = (  # of what a table and lines of progress say
     (re.compile(r"^  ok:|(?<= )passed$", re.MULTILINE), GREEN),
@@ -101,6 +104,22 @@ def coloured(text: str, stream: TextIO) -> str:
         for pattern, colour in COLOURS:
             text = pattern.sub(f"\x1b[{colour}m\\g<0>\x1b[m", text)
     return text
+
+
+def watch(look: Callable[[], tuple[str, bool]], *, clear: bool) -> None:
+    """Prints what `look` gives, and again as often as that changes, until it says that it was the last time.
+
+    clear: the terminal, if it is one, so that only the last stands there.
+    """
+    before, ended = None, False
+    while not ended:
+        if before is not None:
+            time.sleep(WATCH_SECONDS)
+        text, ended = look()
+        if text != before:
+            again = not ended or before is not None
+            print(f"{CLEAR if clear and again and _obeys(sys.stdout) else ''}{text}", flush=True)
+            before = text
 
 
 class Status:

@@ -4,19 +4,15 @@ import argparse
 import contextlib
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from launch.folder import variant_order
 from launch.slurm import OVER, jobs, submitted
 from launch.table import remark_on, three_digits
-from launch.terminal import CommandError, printable
+from launch.terminal import CommandError, printable, watch
 from parallel.measure.record import read_record, read_steps, record_json
 from parallel.recipe import RecipeError, load_recipe
-
-WATCH_SECONDS = 2.0
-CLEAR = "\x1b[H\x1b[2J"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -25,17 +21,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    before = None
-    while True:
-        rows = _rows(arguments.folder)
-        text = record_json(rows) if arguments.json else _table(rows)
-        if text != before:
-            clear = arguments.watch and sys.stdout.isatty() and not arguments.json
-            print(f"{CLEAR if clear else ''}{text}", flush=True)
-            before = text
-        if not arguments.watch or all(row["state"] in ("done", "failed") for row in rows):
-            return 1 if any(row["state"] in ("failed", "unknown") for row in rows) else 0
-        time.sleep(WATCH_SECONDS)
+    rows: list[dict[str, Any]] = []
+
+    def look() -> tuple[str, bool]:
+        rows[:] = _rows(arguments.folder)
+        ended = not arguments.watch or all(row["state"] in ("done", "failed") for row in rows)
+        return record_json(rows) if arguments.json else _table(rows), ended
+
+    watch(look, clear=not arguments.json)
+    return 1 if any(row["state"] in ("failed", "unknown") for row in rows) else 0
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,7 @@
 // ---- charts: frames and axes ---------------------------------------------------------------------------------------
 
+const OPEN = new Set(); // charts whose numbers are open, and stay so when they are drawn again
+
 /** A figure: what it shows, a legend, the drawing, and the same numbers as a table.
  *
  * table(): {head, rows, note}, of texts and numbers (null: not measured), asked for when it is opened. Without `draw` it says
@@ -25,8 +27,10 @@ function figure({ id, title, about, missing, key, draw, body, table, wide, name 
     drawing.setAttribute("aria-labelledby", `title-${id} desc-${id}`);
     box.replaceChildren(drawing);
   };
-  const numbers_ = element("details", { class: "numbers" }, element("summary", {}, "Numbers"));
-  numbers_.addEventListener("toggle", () => numbers_.append(dataTable(`${title}: numbers`, table())), { once: true });
+  const numbers_ = element("details", { class: "numbers", open: OPEN.has(id) }, element("summary", {}, "Numbers"));
+  const fill = () => numbers_.append(dataTable(`${title}: numbers`, table()));
+  numbers_.addEventListener("toggle", fill, { once: true }); // one that is open from the start tells so, too
+  numbers_.addEventListener("toggle", () => (numbers_.open ? OPEN.add(id) : OPEN.delete(id)));
   frame.append(numbers_);
   return frame;
 }

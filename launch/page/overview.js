@@ -30,6 +30,11 @@ const ON = [(run) => run.cluster, (run) => (onCpu(run) ? null : plural(run.world
 function findings(runs) {
   const found = [];
   const say = (text, { run = null, bad = false } = {}) => found.push({ parts: [[text, run]], bad });
+  const going = runs.filter(isRunning);
+  if (going.length) {
+    const told = going.slice(0, 3).map(({ name, reason }) => `${name} at ${reason}`).join("; ");
+    say(`${plural(going.length, "run")} ${going.length === 1 ? "is" : "are"} under way: ${told}${going.length > 3 ? "; ..." : ""}. Their speed is that of the last steps.`, { run: going[0] });
+  }
   const sets = comparable(runs);
   const shown = sets.slice(0, MOST_SETS);
   const nameOf = namesOf(sets, ON);
@@ -54,7 +59,7 @@ function findings(runs) {
   const worst = judged.filter((run) => isGood(run)).map(({ parity }) => parity.max_rel_grad_diff);
   if (wrong.length) say(`${wrong.length} of ${judged.length} FAILED the proof against one process: ${few(unique(wrong.map(({ name }) => name)), "strategies")}.`, { run: wrong[0], bad: true });
   else if (judged.length) say(`${judged.length === 1 ? "The one run" : `All ${judged.length} runs`} that ${judged.length === 1 ? "was" : "were"} compared with one process ${judged.length === 1 ? "has" : "have"} its gradients: they differ by at most ${scientific(largest(worst))} in ${unique(judged.map(({ parity }) => parity.dtype ?? "an unknown precision")).join(" or ")}.`);
-  const unfinished = runs.filter(({ status }) => status !== "ok");
+  const unfinished = runs.filter((run) => run.status !== "ok" && !isRunning(run));
   if (unfinished.length) say(`${plural(unfinished.length, "run")} did not end well: ${unique(unfinished.map(({ status }) => status)).join(", ")}.`, { bad: true });
   const drops = dropsOf(runs).filter(({ lasts }) => lasts);
   if (drops.length) say(`${drops.length} series of runs became slower, and ${drops.length === 1 ? "is" : "are"} still: ${dropInWords(drops[0])}`, { run: BY_ID.get(drops[0].run), bad: true });
@@ -276,7 +281,6 @@ function tradeChart(all) {
 
 // ---- over time -----------------------------------------------------------------------------------------------------
 
-const BY_ID = new Map(RUNS.map((run) => [run.id, run]));
 const seriesOf = (run) => JSON.stringify([run.cluster, run.world_size, run.name, run.engine, run.shape]);
 
 const dropsOf = (runs) => {

@@ -1,7 +1,6 @@
 // ---- the table -----------------------------------------------------------------------------------------------------
 
-const PEAKS = numbers(RUNS.map(peakOf));
-const BYTES = PEAKS.length ? byteUnit(PEAKS) : ["MiB", 2 ** 20];
+let BYTES; // the unit of the peaks
 const COLUMNS = [ // better: which end of a column is the good one, if one is
   { key: "name", head: "name", text: (run) => run.name },
   { key: "status", head: "status", text: (run) => (isMeasured(run) ? run.status : `${run.status}, dry run`) },
@@ -18,12 +17,19 @@ const COLUMNS = [ // better: which end of a column is the good one, if one is
   { key: "tokens_per_s", head: "speed\ntokens/s", number: (run) => run.tokens_per_s, better: "high" },
   { key: "step_seconds", head: "step\ns", number: (run) => run.step_seconds.median, better: "low" },
   { key: "cpu_seconds_per_step", head: "CPU\ns/step", number: (run) => run.cpu_seconds_per_step, better: "low" },
-  { key: "peak_bytes", head: `peak\n${BYTES[0]}`, number: (run) => run.memory && peakOf(run) / BYTES[1], better: "low" },
+  { key: "peak_bytes", head: "peak", number: (run) => run.memory && peakOf(run) / BYTES[1], better: "low" },
   { key: "loss", head: "last\nloss", number: (run) => run.loss, format: (loss) => loss.toFixed(4) },
   { key: "grad_diff", head: "gradient\ndifference", number: (run) => run.parity.max_rel_grad_diff, format: scientific },
   { key: "passed", head: "parity", text: (run) => ({ true: "passed", false: "FAILED", null: null })[run.parity.passed] },
 ];
-for (const column of COLUMNS) column.format ??= column.number && formatter(RUNS.map(column.number));
+const FORMATTED = COLUMNS.filter(({ number, format }) => number && !format); // as these data need it
+
+function formatColumns() {
+  const peaks = numbers(RUNS.map(peakOf));
+  BYTES = peaks.length ? byteUnit(peaks) : ["MiB", 2 ** 20];
+  COLUMNS.find(({ key }) => key === "peak_bytes").head = `peak\n${BYTES[0]}`;
+  for (const column of FORMATTED) column.format = formatter(RUNS.map(column.number));
+}
 
 function sorted(runs) {
   const column = COLUMNS.find(({ key }) => key === state.sort);
@@ -131,7 +137,7 @@ function tableRow(run, columns, best) {
     }
     const made = cell(column.text(run));
     made.classList.add("text");
-    if ((column.key === "status" && run.status !== "ok") || (column.key === "passed" && run.parity.passed === false)) {
+    if ((column.key === "status" && run.status !== "ok" && !isRunning(run)) || (column.key === "passed" && run.parity.passed === false)) {
       made.classList.add("bad");
       if (run.reason) made.title = run.reason;
     }
@@ -181,7 +187,7 @@ function drawTable() {
 }
 
 function drawUnfinished() {
-  const unfinished = view.shown.filter((run) => run.status !== "ok" || run.parity.passed === false).slice(0, MOST_ROWS);
+  const unfinished = view.shown.filter((run) => (run.status !== "ok" && !isRunning(run)) || run.parity.passed === false).slice(0, MOST_ROWS);
   $("#unfinished").hidden = !unfinished.length;
   $("#unfinished ul").replaceChildren(
     ...unfinished.map((run) => {
@@ -312,8 +318,9 @@ function drawDetails() {
   document.body.classList.toggle("beside", Boolean(run));
   $("#details").hidden = !run;
   for (const row of document.querySelectorAll("#runs tr[data-id]")) row.classList.toggle("open", row.dataset.id === run?.id);
-  if (!run || $("#details").dataset.id === run.id) return;
-  $("#details").dataset.id = run.id;
+  const told = run && JSON.stringify([run.id, run.status, run.reason]);
+  if (!run || $("#details").dataset.told === told) return;
+  $("#details").dataset.told = told;
   $("#details-title").textContent = run.name;
   $("#details .content").replaceChildren(
     element("p", { class: "note" }, [run.layout, run.cluster, day(run.environment.time_utc), run.id].filter(Boolean).join(" · ")),
@@ -340,21 +347,24 @@ function startFilters() {
   form.addEventListener("submit", (event) => event.preventDefault());
   form.append(element("label", {}, "Find ", element("input", { type: "search", id: "query", placeholder: "name, layout, tag …", autocomplete: "off", oninput: filter("query") })));
   const names = { cluster: "Cluster", devices: "Devices", model: "Model", strategy: "Strategy", engine: "Engine", status: "Status", comparison: "Comparison" };
-  for (const [facet, name] of Object.entries(names)) {
-    const values = valuesOf(facet);
-    if (values.length < 2) continue;
-    const select = element("select", { id: facet, onchange: filter(facet) });
-    fillSelect(select, "all", values);
-    form.append(element("label", {}, `${name} `, select));
-  }
-  if (new Set(DAYS).size > 1) {
-    for (const [key, name] of [["since", "From"], ["until", "to"]]) form.append(element("label", {}, `${name} `, element("input", { type: "date", id: key, onchange: filter(key) })));
-  }
+  for (const [facet, name] of Object.entries(names)) form.append(element("label", {}, `${name} `, element("select", { id: facet, onchange: filter(facet) })));
+  for (const [key, name] of [["since", "From"], ["until", "to"]]) form.append(element("label", {}, `${name} `, element("input", { type: "date", id: key, onchange: filter(key) })));
   const reset = () => {
     Object.assign(state, { ...FRESH, details: state.details });
     update();
   };
   form.append(element("button", { type: "button", id: "reset", onclick: reset }, "Reset"));
+}
+
+/** The values to choose from, of these data; a filter that would leave all is not shown. */
+function fillFilters() {
+  for (const facet of Object.keys(FACETS)) {
+    const select = document.getElementById(facet);
+    const values = valuesOf(facet);
+    select.parentElement.hidden = values.length < 2;
+    fillSelect(select, "all", values, state[facet]);
+  }
+  for (const key of ["since", "until"]) document.getElementById(key).parentElement.hidden = new Set(DAYS.filter(Boolean)).size < 2;
 }
 
 function drawFilters() {
@@ -471,19 +481,67 @@ function tellMissing(missing) {
 const isPlace = () => location.hash.length > 1 && !location.hash.includes("=");
 
 function drawAll() {
+  $("#runs-title").textContent = PLANS ? "Plans" : "Runs";
   lookAgain();
   drawFilters();
   draw();
   drawDetails();
 }
 
+// ---- a live page: it follows the runs ------------------------------------------------------------------------------
+
+const FOLLOW_MS = 2000;
+
+/** Asks for newer data again and again, while somebody looks. */
+async function follow(tag = "") {
+  if (!document.hidden) {
+    try {
+      const answer = await fetch("data", { headers: tag ? { "If-None-Match": tag } : {} });
+      if (answer.status === 200) {
+        refresh(await answer.json());
+        tag = answer.headers.get("ETag");
+      }
+      tellLive(answer.ok || answer.status === 304);
+    } catch {
+      tellLive(false);
+    }
+  }
+  setTimeout(() => follow(tag), FOLLOW_MS);
+}
+
+/** Shows newer data; what is chosen, open, focused and in view stays so. */
+function refresh(data) {
+  if (JSON.stringify(data) === JSON.stringify(DATA)) return;
+  const inRow = document.activeElement?.closest("#runs tr[data-id]") && [document.activeElement.closest("tr").dataset.id, document.activeElement.localName];
+  take(data);
+  fillFilters();
+  drawAll();
+  if (!inRow) return;
+  waiting.delete("table") && PARTS.table(); // where it is out of view
+  document.querySelector(`#runs tr[data-id="${CSS.escape(inRow[0])}"] ${inRow[1]}`)?.focus({ preventScroll: true });
+}
+
+function tellLive(answers) {
+  const told = $("#live");
+  if (told.dataset.answers === String(answers)) return;
+  told.dataset.answers = String(answers);
+  told.textContent = answers ? "live" : `no answer since ${new Date().toTimeString().slice(0, 8)}`;
+}
+
 function start() {
-  if (PLANS) $("#runs-title").textContent = "Plans";
+  take(JSON.parse(document.getElementById("data").textContent));
   startFilters();
   startControls();
   startTheme();
+  fillFilters();
   tellMissing(readAddress());
   drawAll();
+  if (DATA.live) {
+    $("#live").hidden = false;
+    $("footer .note").textContent = "This page follows its runs while lab report --serve goes on.";
+    tellLive(true);
+    setTimeout(follow, FOLLOW_MS);
+  }
   window.addEventListener("popstate", () => {
     const before = address("");
     if (isPlace()) state.details = ""; // the browser scrolls there by itself

@@ -1,8 +1,8 @@
 "use strict";
 // The data is checked and cut to size by launch/page.py: a number is a finite number or null, a text is a string.
 // Texts reach the document through textContent alone.
-const DATA = JSON.parse(document.getElementById("data").textContent);
-const RUNS = DATA.runs;
+let DATA, RUNS, BY_KEY, BY_ID, DAYS, TEXTS;
+let PLANS; // a page of dry runs alone
 const unfolded = (text) => JSON.parse(text); // curves and timelines, which are long: read for the runs that are drawn
 const MOST_ROWS = 100; // of the table, until all are asked for
 const MOST_DRAWN = 40; // runs in a chart
@@ -88,15 +88,27 @@ const inUnit = (value, [unit, size]) => `${axisFormat.format(value / size)} ${un
 const axisFormat = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
 const isGood = (run) => run.status === "ok" && run.parity.passed !== false && run.parity.trained_passed !== false;
 const isMeasured = (run) => run.kind === "measured";
+const isRunning = (run) => run.status === "running";
 const onCpu = ({ environment }) => String(environment.device ?? "").startsWith("cpu");
 const peakOf = (run) => run.memory?.largest.peak_bytes ?? null;
-const PLANS = RUNS.every((run) => !isMeasured(run)); // a page of dry runs alone
 
 // ---- what is chosen, and its address -------------------------------------------------------------------------------
 
-// A cluster with one kind of device is known by its name alone.
-for (const own of Map.groupBy(RUNS.filter(({ environment }) => environment.cluster), ({ environment }) => environment.cluster).values()) {
-  if (new Set(own.map(({ cluster }) => cluster)).size === 1) for (const run of own) run.cluster = String(run.environment.cluster);
+/** Takes the data of the page, at its start and, on a live page, whenever there is newer. */
+function take(data) {
+  DATA = data;
+  RUNS = DATA.runs;
+  PLANS = RUNS.length > 0 && RUNS.every((run) => !isMeasured(run));
+  // A cluster with one kind of device is known by its name alone.
+  for (const own of Map.groupBy(RUNS.filter(({ environment }) => environment.cluster), ({ environment }) => environment.cluster).values()) {
+    if (new Set(own.map(({ cluster }) => cluster)).size === 1) for (const run of own) run.cluster = String(run.environment.cluster);
+  }
+  BY_KEY = new Map(RUNS.map((run) => [run.key, run]));
+  BY_ID = new Map(RUNS.map((run) => [run.id, run]));
+  DAYS = RUNS.map((run) => day(run.environment.time_utc)?.slice(0, 10) ?? null);
+  TEXTS = RUNS.map((run) =>
+    [run.name, run.id, run.layout, run.status, run.kind, run.cluster, run.hardware, run.shape, run.reason, commitOf(run), ...Object.values(run.labels).flat()].join(" ").toLowerCase());
+  formatColumns();
 }
 
 const FACETS = {
@@ -111,10 +123,6 @@ const FACETS = {
 const IN_ADDRESS = [...Object.keys(FACETS), "since", "until", "query", "axis", "against", "details"];
 const FRESH = { chosen: null, sort: null, descending: false, all: false, ...Object.fromEntries(IN_ADDRESS.map((key) => [key, ""])) };
 const state = { ...FRESH }; // chosen: keys of runs; null: those that a fresh page chooses
-const BY_KEY = new Map(RUNS.map((run) => [run.key, run]));
-const DAYS = RUNS.map((run) => day(run.environment.time_utc)?.slice(0, 10) ?? null);
-const TEXTS = RUNS.map((run) =>
-  [run.name, run.id, run.layout, run.status, run.kind, run.cluster, run.hardware, run.shape, run.reason, commitOf(run), ...Object.values(run.labels).flat()].join(" ").toLowerCase());
 let view = { shown: [], chosen: [] };
 
 const valuesOf = (facet) => unique(RUNS.map(FACETS[facet]).filter((value) => value !== null)).map(String).sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
@@ -135,9 +143,9 @@ function lookAgain() {
   view = { shown: inOrder, chosen: compared, keys: chosen };
 }
 
-/** The newest comparison's measured runs that ended well; of few, those of every comparison. */
+/** The newest comparison's measured runs that ended well or go on; of few, those of every comparison. */
 function freshChoice(runs) {
-  const good = runs.filter((run) => run.status === "ok" && isMeasured(run));
+  const good = runs.filter((run) => (run.status === "ok" || isRunning(run)) && isMeasured(run));
   const pool = good.length ? good : runs;
   if (pool.length <= MOST_DRAWN) return new Set(pool.map((run) => run.key));
   const newest = pool.reduce((a, b) => (b.time > a.time ? b : a));
