@@ -305,16 +305,28 @@ def test_traffic_of_unknown_size_is_no_zero(open_page: Open) -> None:
     expect(page.locator("#chart-traffic .drawing")).to_contain_text("≥ 9.0")
 
 
-def test_traffic_within_hosts_and_to_others(open_page: Open) -> None:
+def test_traffic_within_hosts_and_across_is_a_chart_of_its_own(open_page: Open) -> None:
     record = complete_record("two-hosts")
     for row, across in zip(record["traffic"], (0, 2**20, None), strict=True):
         row["bytes_across_hosts"] = across
+    assert open_page({"one-host": complete_record("one-host")}).locator("#chart-hosts").count() == 0
     page = open_page({"two-hosts": record, "one-host": complete_record("one-host")})
-    rows = [row for row in numbers_of(page, "traffic") if row["run"] == "two-hosts"]
-    assert [row["MiB to other hosts"] for row in rows] == [0, 1, None]
-    name = "{mesh_dim} {collective}".format(**record["traffic"][1])
-    drawn = page.locator("#chart-traffic .drawing").text_content() or ""
-    assert f"{name} within hosts: 2.0" in drawn and f"{name} to other hosts: 1.0" in drawn
+    rows = [list(row.values()) for row in numbers_of(page, "hosts")]
+    assert rows == [
+        ["two-hosts", "dp_shard", "all_gather", 6, 0],
+        ["two-hosts", "dp_shard", "reduce_scatter", 2, 1],
+        ["two-hosts", "tp", "all_reduce", None, None],
+    ]
+    drawing = page.locator("#chart-hosts .drawing")
+    for text in ("within", "≥ 8.00", "across", "≥ 1.00", "one-host", "not measured"):
+        expect(drawing).to_contain_text(text)
+    told = drawing.locator("rect title").all_text_contents()
+    assert told == [
+        *("dp_shard all_gather within hosts: 6.00", "dp_shard reduce_scatter within hosts: 2.00"),
+        "dp_shard reduce_scatter to other hosts: 1.00",
+    ]
+    widths = drawing.locator("rect").evaluate_all("bars => bars.map(bar => bar.width.baseVal.value)")
+    assert widths[1] / widths[2] == pytest.approx(2, rel=0.02)
 
 
 def test_loss_curves_and_the_pipeline_as_it_ran(open_page: Open) -> None:

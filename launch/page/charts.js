@@ -196,20 +196,21 @@ function memoryChart(runs) {
   });
 }
 
+const dimsOf = (rows) => {
+  const present = unique(rows.map(({ mesh_dim }) => mesh_dim));
+  return unique([...MESH_DIMS, ...present]).filter((name) => present.includes(name));
+};
+const colourOfDim = (dim) => (MESH_DIMS.includes(dim) ? MESH_DIMS.indexOf(dim) : 5); // one for each, whatever is chosen
+
 function trafficChart(runs) {
   const [measuredOf, predictedOf] = measuredAndPredicted("traffic");
   const all = runs.flatMap((run) => [measuredOf(run), predictedOf(run)].filter(Boolean));
-  const present = unique(all.flat().map(({ mesh_dim }) => mesh_dim));
-  const dims = unique([...MESH_DIMS, ...present]).filter((name) => present.includes(name));
-  const colourOf = (dim) => (MESH_DIMS.includes(dim) ? MESH_DIMS.indexOf(dim) : 5); // one for each, whatever is chosen
+  const dims = dimsOf(all.flat());
   const isUnknown = ({ bytes_per_rank }) => bytes_per_rank === null;
   const total = (rows) => sum(rows.map(({ bytes_per_rank }) => bytes_per_rank));
   const [unit, size] = byteUnit(all.map(total));
   const format = formatter(all.map((rows) => total(rows) / size));
-  const segmentsOf = ({ mesh_dim, collective, bytes_per_rank, bytes_across_hosts: across }) => {
-    const [colour, name] = [colourOf(mesh_dim), `${mesh_dim} ${collective}`];
-    return across ? [[colour, bytes_per_rank - across, `${name} within hosts`], [colour, across, `${name} to other hosts`]] : [[colour, bytes_per_rank, name]];
-  };
+  const segmentsOf = ({ mesh_dim, collective, bytes_per_rank }) => [[colourOfDim(mesh_dim), bytes_per_rank, `${mesh_dim} ${collective}`]];
   const stack = (rows) => rows && {
     segments: dims.flatMap((dim) => rows.filter(({ mesh_dim }) => mesh_dim === dim).flatMap(segmentsOf)),
     total: total(rows),
@@ -225,7 +226,7 @@ function trafficChart(runs) {
     const same = JSON.stringify(measured.map(nameOf)) === JSON.stringify(predicted.map(nameOf));
     return same ? [measured, predicted].map((rows) => rows.map(({ bytes_per_rank }) => bytes_per_rank)) : [[total(measured)], []];
   });
-  const inUnit = (row, key = "bytes_per_rank") => (isNumber(row?.[key]) ? row[key] / size : null);
+  const inUnit = (row) => (isNumber(row?.bytes_per_rank) ? row.bytes_per_rank / size : null);
   const tableRows = (run) => {
     const [measured, predicted] = [measuredOf(run), predictedOf(run)];
     if (!measured && !predicted) return [[run.name, null, null, null, null]];
@@ -233,17 +234,16 @@ function trafficChart(runs) {
     const expected = new Map((predicted ?? []).map((row) => [nameOf(row), row]));
     const known = new Set((measured ?? []).map(nameOf));
     const extra = (predicted ?? []).filter((row) => !known.has(nameOf(row)));
-    const line = (row, own, theirs) => [run.name, row.mesh_dim, row.collective, own?.calls ?? null, inUnit(own), theirs?.calls ?? null, inUnit(theirs), inUnit(own, "bytes_across_hosts")];
+    const line = (row, own, theirs) => [run.name, row.mesh_dim, row.collective, own?.calls ?? null, inUnit(own), theirs?.calls ?? null, inUnit(theirs)];
     return [...(measured ?? []).map((row) => line(row, row, expected.get(nameOf(row)))), ...extra.map((row) => line(row, null, row))];
   };
-  const head = ["run", "mesh dimension", "collective", "calls per step", `${unit} per rank`, "predicted calls", `predicted ${unit}`, `${unit} to other hosts`];
-  const anyAcross = all.flat().some(({ bytes_across_hosts }) => bytes_across_hosts > 0);
-  const shown = [0, 1, 2, 3, 4, ...(anyPredicted ? [5, 6] : []), ...(anyAcross ? [7] : [])];
+  const head = ["run", "mesh dimension", "collective", "calls per step", `${unit} per rank`, "predicted calls", `predicted ${unit}`];
+  const shown = [0, 1, 2, 3, 4, ...(anyPredicted ? [5, 6] : [])];
   return figure({
     id: "traffic",
     title: "Traffic",
     about: `Bytes that a rank sends in a step, by the mesh dimension along which they travel; of each kind of message, by the rank that sends most. ${agreement(pairs)}${all.flat().some(isUnknown) ? " ≥: some collective's bytes are not known." : ""}`,
-    key: [...dims.map((name) => [colourOf(name), name]), ...(anyPredicted ? [PREDICTED_MARK] : [])],
+    key: [...dims.map((name) => [colourOfDim(name), name]), ...(anyPredicted ? [PREDICTED_MARK] : [])],
     draw: all.length > 0 && ((width) => rowChart(width, {
       rows: stackedRows(runs, (run) => [{ measured: stack(measuredOf(run)), predicted: stack(predictedOf(run)) }], { size, format, columns }),
       columns, unit: `${unit} per rank and step`, most: largest(all.map(total)) / size,
@@ -251,6 +251,44 @@ function trafficChart(runs) {
     table: () => ({
       head: shown.map((i) => head[i]),
       rows: runs.flatMap(tableRows).map((row) => shown.map((i) => row[i] ?? null)),
+    }),
+  });
+}
+
+/** What stays on a host and what the network between hosts must carry; null where no run sent anything there. */
+function hostsChart(runs) {
+  const known = ({ bytes_per_rank, bytes_across_hosts }) => isNumber(bytes_per_rank) && isNumber(bytes_across_hosts);
+  const placed = runs.filter(({ traffic }) => traffic?.some(known));
+  const all = placed.flatMap(({ traffic }) => traffic.filter(known));
+  if (!all.some(({ bytes_across_hosts: across }) => across > 0)) return null;
+  const within = (row) => row.bytes_per_rank - row.bytes_across_hosts;
+  const across = (row) => row.bytes_across_hosts;
+  const stack = ({ traffic }, of, what) => {
+    const rows = dimsOf(all).flatMap((dim) => traffic.filter((row) => known(row) && row.mesh_dim === dim));
+    return {
+      segments: rows.map((row) => [colourOfDim(row.mesh_dim), of(row), `${row.mesh_dim} ${row.collective} ${what}`]),
+      total: sum(rows.map(of)),
+      atLeast: !traffic.every(known),
+    };
+  };
+  const linesOf = (run) => (placed.includes(run)
+    ? [{ tag: "within", measured: stack(run, within, "within hosts") }, { tag: "across", measured: stack(run, across, "to other hosts") }]
+    : [{ measured: null }]);
+  const totals = placed.flatMap((run) => linesOf(run).map(({ measured }) => measured.total));
+  const [unit, size] = byteUnit(totals);
+  const format = formatter(totals.map((total) => total / size));
+  return figure({
+    id: "hosts",
+    title: "Traffic within hosts and across",
+    about: `Of the bytes that a rank sends in a step, those to ranks of its own host, and those to other hosts, which the slower network between them carries; of each kind of message, by the rank that sends most.${placed.some(({ traffic }) => !traffic.every(known)) ? " ≥: of some collective it is not known." : ""}`,
+    key: dimsOf(all).map((name) => [colourOfDim(name), name]),
+    draw: (width) => rowChart(width, {
+      rows: stackedRows(runs, linesOf, { size, format, columns: [unit] }),
+      columns: [unit], unit: `${unit} per rank and step`, most: largest(totals) / size, lineHeight: 16,
+    }),
+    table: () => ({
+      head: ["run", "mesh dimension", "collective", `${unit} within hosts`, `${unit} to other hosts`],
+      rows: placed.flatMap((run) => run.traffic.map((row) => [run.name, row.mesh_dim, row.collective, ...[within, across].map((of) => (known(row) ? of(row) / size : null))])),
     }),
   });
 }

@@ -157,7 +157,6 @@ function labelOf(run) {
  */
 function lineChart(width, { curves, xUnit, yUnit, xTicks, fromZero, xFromZero, xAtLeast, scale = {}, extra }) {
   const height = Math.round(Math.min(340, Math.max(220, width * 0.4)));
-  const [left, right, top, bottom] = [58, width - 16, 16, height - 42];
   const plain = (value) => value;
   const [xOf, yOf] = [scale.x ?? plain, scale.y ?? plain];
   const all = (axis) => curves.flatMap((curve) => [...curve[axis], ...(curve.marks ?? []).map((mark) => mark[axis])]);
@@ -166,6 +165,7 @@ function lineChart(width, { curves, xUnit, yUnit, xTicks, fromZero, xFromZero, x
   const [x0, x1] = xRound ? [0, xRound.at(-1)] : [least(xs), most(xs)];
   const rounds = (ticks) => ticks.map((tick) => [tick, axisFormat.format(tick)]);
   const yTicks = scale.y ? rounds(doublings(least(ys), most(ys))) : rounds(niceTicks(fromZero ? 0 : least(ys), most(ys)));
+  const [left, right, top, bottom] = [Math.max(58, 32 + 6.3 * most(yTicks.map(([, label]) => label.length))), width - 16, 16, height - 42];
   const xTicks_ = xTicks ?? rounds(xRound || niceTicks(x0, x1).filter((tick) => tick >= x0 && tick <= x1 && Number.isInteger(tick)));
   const between = (of, value, from, to) => (of(value) - of(from)) / (of(to) - of(from) || 1);
   const x = (value) => (x0 === x1 ? (left + right) / 2 : left + between(xOf, value, x0, x1) * (right - left));

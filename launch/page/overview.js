@@ -46,7 +46,7 @@ function findings(runs) {
       ? `; ${second.name} is within the spread of its steps`
       : `, ${axisFormat.format((first.tokens_per_s / second.tokens_per_s - 1) * 100)} % ahead of ${second.name}`;
     const mfu = first.flops.mfu === null ? "" : `, ${axisFormat.format(percent(first.flops.mfu))} % MFU`;
-    say(`${where}${first.name} is the fastest: ${axisFormat.format(first.tokens_per_s)} tokens/s${mfu}${ahead}.`, { run: first });
+    say(`${where}${first.name} is the fastest: ${axisFormat.format(first.tokens_per_s)} tokens/s${mfu}${roomOf(first)}${ahead}.`, { run: first });
     found.at(-1).parts.push(...leanest(set));
   }
   if (sets.length > shown.length) say(`${plural(sets.length - shown.length, "more set")} of runs can be compared: choose a cluster, a number of devices or a model.`);
@@ -65,6 +65,14 @@ function findings(runs) {
   if (drops.length) say(`${drops.length} series of runs became slower, and ${drops.length === 1 ? "is" : "are"} still: ${dropInWords(drops[0])}`, { run: BY_ID.get(drops[0].run), bad: true });
   for (const text of limits(runs, sets)) say(text);
   return found;
+}
+
+/** As " in 53.1 of 80 GiB": the peak of the fullest rank beside its device's memory, where both are known. */
+function roomOf(run) {
+  const [peak, memory] = [peakOf(run), run.environment.device_memory_bytes];
+  if (peak === null || !isNumber(memory)) return "";
+  const unit = byteUnit([memory]);
+  return ` in ${axisFormat.format(peak / unit[1])} of ${inUnit(memory, unit)}`;
 }
 
 function leanest(set, where = "") {
@@ -254,7 +262,7 @@ function tradeChart(all) {
       const wide = run.name.length * 6.2;
       const [px, py] = [x(inUnits(run)), y(of(run))];
       const [right_, left_, above, below] = [[px + 10, py - 7], [px - 10 - wide, py - 7], [px - wide / 2, py - 22], [px - wide / 2, py + 9]];
-      const places = fronts.flat().includes(run) ? [left_, above, right_, below] : [right_, below, left_, above]; // beside the line
+      const places = fronts.flat().includes(run) ? [above, left_, right_, below] : [right_, below, left_, above]; // not on the line
       const clear = ([a, b]) => a > 60 && a + wide < right + 10 && b > 0 && !taken.some(([c, d, w, h]) => a < c + w && c < a + wide && b < d + h && d < b + 13);
       const free = places.find(clear);
       if (!free) continue;
@@ -301,7 +309,7 @@ function drawHistory() {
   const low = new Map(drops.map((drop) => [drop.run, drop]));
   const dropIn = (series) => series.some(({ id }) => low.has(id));
   const several = [...Map.groupBy(runs, seriesOf).values()].filter((series) => new Set(series.map(({ time }) => time)).size > 1);
-  several.sort((a, b) => dropIn(b) - dropIn(a) || b.length - a.length);
+  several.sort((a, b) => dropIn(b) - dropIn(a) || b.length - a.length || a[0].world_size - b[0].world_size);
   $("#history").hidden = !several.length;
   $("#drops").hidden = !drops.length;
   $("#drops").replaceChildren(...drops.slice(0, MOST_ROWS).map((drop) => element("li", { class: drop.lasts ? "lasts" : null }, linkTo(BY_ID.get(drop.run), dropInWords(drop)))));

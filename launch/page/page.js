@@ -208,9 +208,9 @@ function drawCharts() {
     $("#charts .unmeasured").replaceChildren();
     return;
   }
-  const charts = [parityChart, utilisationChart, speedChart, memoryChart, trafficChart, stepChart, lossChart, bubbleChart, timelineChart];
-  const plans = [memoryChart, trafficChart, bubbleChart]; // nothing else is known of what was not run
-  place((runs.some(isMeasured) ? charts : plans).map((chart) => chart(runs)), $("#charts .grid"), $("#charts .unmeasured"));
+  const charts = [parityChart, utilisationChart, speedChart, memoryChart, trafficChart, hostsChart, stepChart, lossChart, bubbleChart, timelineChart];
+  const plans = [memoryChart, trafficChart, hostsChart, bubbleChart]; // nothing else is known of what was not run
+  place((runs.some(isMeasured) ? charts : plans).map((chart) => chart(runs)).filter(Boolean), $("#charts .grid"), $("#charts .unmeasured"));
 }
 
 // ---- the rows, saved -----------------------------------------------------------------------------------------------
