@@ -9,6 +9,7 @@ import hashlib
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -39,22 +40,24 @@ def _folders(folder: Path, depth: int = 0) -> Iterator[Path]:
 
 
 class Results:
-    """The records of a folder, read again when something in it has changed."""
+    """The records of a folder, read again when something in it has changed, and in at most a tenth of the time."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self.title = folder, folder.resolve().name or "results"
         self._lock = threading.Lock()  # each question has a thread
         self._stamp: object = None
+        self._not_before = 0.0  # by time.monotonic
 
     def look(self) -> tuple[str, str]:
         """(what changes with the data, the data as JSON)"""
         with self._lock:
-            stamp = [self._stamp_of(each) for each in _folders(self._folder)]
-            if stamp != self._stamp:
+            start, stamp = time.monotonic(), [self._stamp_of(each) for each in _folders(self._folder)]
+            if stamp != self._stamp and start >= self._not_before:
                 self._found = find_records(self._folder)
                 self._data = data_json(self.title, self._found, live=True)
                 self._tag = hashlib.sha256(self._data.encode()).hexdigest()[:16]
                 self._stamp = stamp
+                self._not_before = time.monotonic() + 9 * (time.monotonic() - start)  # the runs need the cores
             return f'"{self._tag}"', self._data
 
     def page(self) -> str:

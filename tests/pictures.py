@@ -1,6 +1,7 @@
 """The pictures of docs/dashboard.md, of records that are generated here: no accelerator was measured for them.
 
-    make pictures        needs Chromium
+    make pictures                                        needs Chromium
+    .venv/bin/python tests/pictures.py runs/first-look   those of the README instead, of what was measured there
 
 Ten weeks of four strategies of Llama 3 8B on three clusters, each on 16 to 128 devices of 80 GiB, eight a host. The
 records are as a run would write them, and what is in them is made up, with a fall of 18 % that the page is to find.
@@ -34,13 +35,15 @@ STRATEGIES = {
     "pp-fsdp": (0.36, 0.99, 28.0),
 }
 PARAMETERS, PEAK, SEQ_LEN = 8.03e9, 989e12, 8192
-# name: (part of the page, address, width, whether dark)
+# name: (part of the page, address, width, whether dark); in pixels, as all sizes below
 PICTURES = {
     "commits": ("#history", "#cluster=beta&strategy=fsdp", 1100, False),
     "layouts": ("#layouts", "#cluster=alpha", 1280, False),
     "choice": ("main", "#cluster=alpha&devices=64", 1100, False),
     "hosts": ("#chart-hosts", "#cluster=alpha&devices=64&since=2026-03-09", 1280, True),
 }
+README = {"page-light": ("body", "", 1280, False), "page-dark": ("#charts", "", 1280, True)}
+TALLEST = 1480
 
 
 def layout(strategy: str, devices: int) -> dict[str, int]:
@@ -141,28 +144,35 @@ def write_generated(folder: Path) -> Path:
     return folder / "page.html"
 
 
-def take(browser: Browser, page_file: Path, docs: Path) -> None:
-    for name, (part, address, width, dark) in PICTURES.items():
-        context = browser.new_context(
-            viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light"
-        )
-        page = context.new_page()
-        page.goto(page_file.as_uri() + address)
-        page.wait_for_selector("html[data-ready=true]")
-        box = page.locator(part).bounding_box()
-        assert box is not None
-        until = page.locator("#history").bounding_box() if part == "main" else None
-        height = until["y"] - box["y"] - 20 if until else box["height"] + 24
-        clip = {"x": max(0, box["x"] - 16), "y": max(0, box["y"] - 12), "width": box["width"] + 32, "height": height}
-        page.screenshot(path=docs / f"dashboard-{name}.png", clip=clip, full_page=True)
-        context.close()
+def take(browser: Browser, page_file: Path, picture: Path, part: str, address: str, width: int, dark: bool) -> None:
+    """The part of the page as it opens, from its top down, and of main what is above the course of time."""
+    scheme: Any = "dark" if dark else "light"
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.goto(page_file.as_uri() + address)
+    page.wait_for_selector("html[data-ready=true]")
+    box = page.locator(part).bounding_box()
+    assert box is not None
+    height = min(box["height"] + 24, TALLEST)
+    if part == "main" and (until := page.locator("#history").bounding_box()):
+        height = until["y"] - box["y"] - 20
+    clip = {"x": max(0, box["x"] - 16), "y": max(0, box["y"] - 12), "width": box["width"] + 32, "height": height}
+    page.screenshot(path=picture, clip=clip, full_page=True)  # type: ignore[arg-type]
+    page.close()
 
 
 def main() -> None:
+    measured = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         chromium = shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        take(browser, write_generated(Path(folder)), Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS)
+        if measured:
+            write_page(measured, Path(folder) / "page.html")
+            for name, settings in README.items():
+                take(browser, Path(folder) / "page.html", DOCS / f"{name}.png", *settings)
+        else:
+            page_file = write_generated(Path(folder))
+            for name, settings in PICTURES.items():
+                take(browser, page_file, DOCS / f"dashboard-{name}.png", *settings)
         browser.close()
 
 
