@@ -44,6 +44,7 @@ PICTURES = {
 }
 README = {"page-light": ("body", "", 1280, False), "page-dark": ("#charts", "", 1280, True)}
 TALLEST = 1480
+UNTIL = {"main": "#history", "body": "#legend"}  # parts that go on below what is to be seen
 
 
 def layout(strategy: str, devices: int) -> dict[str, int]:
@@ -145,17 +146,17 @@ def write_generated(folder: Path) -> Path:
 
 
 def take(browser: Browser, page_file: Path, picture: Path, part: str, address: str, width: int, dark: bool) -> None:
-    """The part of the page as it opens, from its top down, and of main what is above the course of time."""
+    """The part of the page as it opens, from its top down."""
     scheme: Any = "dark" if dark else "light"
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page.goto(page_file.as_uri() + address)
     page.wait_for_selector("html[data-ready=true]")
     box = page.locator(part).bounding_box()
     assert box is not None
-    height = min(box["height"] + 24, TALLEST)
-    if part == "main" and (until := page.locator("#history").bounding_box()):
-        height = until["y"] - box["y"] - 20
-    clip = {"x": max(0, box["x"] - 16), "y": max(0, box["y"] - 12), "width": box["width"] + 32, "height": height}
+    top, height = max(0, box["y"] - 12), min(box["height"] + 24, TALLEST)
+    if part in UNTIL and (until := page.locator(UNTIL[part]).bounding_box()):
+        height = until["y"] - top - 8
+    clip = {"x": max(0, box["x"] - 16), "y": top, "width": box["width"] + 32, "height": height}
     page.screenshot(path=picture, clip=clip, full_page=True)  # type: ignore[arg-type]
     page.close()
 
