@@ -21,6 +21,7 @@ from layouts import small_recipe
 from results import complete_record
 from test_launch import Lab, comparison_file, lab  # noqa: F401
 
+from launch.cli import COMMANDS, main
 from launch.table import progress_line, table, table_for, width_of
 from launch.terminal import Status, coloured
 from parallel.measure import journal
@@ -144,6 +145,14 @@ def test_a_table_is_no_wider_than_its_terminal(columns: int, monkeypatch: pytest
     assert (f"Not in {width} columns: {left_out}." in text) if left_out else "Not in" not in text
     assert ("causal" in text.splitlines()[0]) == (columns >= 80)
     terminal.close()
+
+
+def test_help_does_not_wrap(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in ([], *([name] for name in COMMANDS)):
+        with pytest.raises(SystemExit):
+            main([*command, "--help"])
+        assert [line for line in capsys.readouterr().out.splitlines() if len(line) > 80] == []
 
 
 def test_colours_are_of_verdicts_alone(terminal: Terminal) -> None:

@@ -1,4 +1,4 @@
-"""Print the table of result files, write or serve the page, follow runs as they go."""
+"""Print the table of results, write or serve the page, follow runs as they go."""
 
 import argparse
 import contextlib
