@@ -28,7 +28,7 @@ from parallel.foresight.clusters import PROFILES, Cluster, Software, load_cluste
 from parallel.foresight.constants import CONSTANTS
 from parallel.foresight.price import Rates, price
 from parallel.foresight.uncertainty import NINETY, Array, corrected, covariance, sensitivities
-from parallel.foresight.workload import Workload, stacked
+from parallel.foresight.workload import Workload, bubble, stacked
 from parallel.recipe import RecipeError
 
 COLUMNS = (
@@ -44,6 +44,9 @@ HARDWARE = (
     *(("MI355", "mi355x"), ("MI325", "mi325x"), ("MI300", "mi300x")),
 )
 TDP_WATTS = {"h100": 700, "h200": 700, "a100": 400, "b200": 1000}  # of those above; a row may state a lower limit
+# Ways in which some of these are built: of an H100's or A100's best product, and 10^9 bytes/s in a node.
+PCIE_SHARE, PCIE_GB_PER_S = 0.8, 25.0
+SLOWER_LINKS = {"H800": 180.0, "A800": 140.0}
 DEFAULT_VOCABULARY = 51200  # of GPT-2's tokens, padded; a row that does not say is nearly always of these
 
 # What an unknown of each kind adds to the standard deviation of log seconds: set by hand, by how much choices differ.
@@ -91,177 +94,225 @@ def number(row: Mapping[str, str], key: str) -> float | None:
 
 def run_of(row: Mapping[str, str]) -> Run:
     """Raises Refused."""
+    said = {key: (row.get(key) or "").strip().lower() for key in COLUMNS}
+    doubts: list[str] = []
+    if said["moe"] not in ("", "no", "none", "false", "0"):
+        raise Refused("experts are not modelled")
     try:
-        return _run_of(row)
+        cluster = _cluster(row, doubts)
+        shape = _shape(row, said, doubts)
+        layout = _layout(row, said, shape, cluster, doubts)
+        how = _kernels(said, shape, layout, cluster, doubts)
+        cluster = dataclasses.replace(cluster, software=_software(said, flash=how["flash"]))
+        rates = _rates(said, cluster, doubts)
     except RecipeError as error:  # a figure that no cluster can have
         raise Refused(str(error)) from None
+    if said["sp"] == "" and cluster.software.profile == "megatron-core":
+        layout["sequence_parallel"] = 1
+    work = Workload(**shape, **layout, **how)
+    generation = cluster.device.generation
+    run = Run(row.get("id", ""), row.get("source", ""), work, rates, cluster.name, generation, doubts)
+    run.model_flops = work.model_flops_per_token * work.tokens
+    run.peak_flops = PEAKS.get(cluster.name) or cluster.peak("bfloat16").flops
+    run.measured_seconds = measured_seconds(row, run)
+    return run
 
 
-def _run_of(row: Mapping[str, str]) -> Run:
-    doubts: list[str] = []
-
-    def known(key: str, doubt: str, default: float) -> float:
-        value = number(row, key)
-        if value is None:
-            doubts.append(doubt)
-            return default
-        return value
-
-    said = {key: (row.get(key) or "").lower() for key in row}
-    if said.get("moe", "no") not in ("", "no"):
-        raise Refused("experts are not modelled")
-    cluster = _cluster(row, doubts)
-    layers, width, seq_len, n_gpus = (number(row, key) for key in ("n_layers", "d_model", "seq_len", "n_gpus"))
-    if n_gpus is None and (parts := [number(row, key) for key in ("dp", "tp", "pp")]) and all(parts):
-        n_gpus = math.prod(part or 1 for part in parts) * (number(row, "cp") or 1)
-    for key, value in (("n_layers", layers), ("d_model", width), ("seq_len", seq_len), ("n_gpus", n_gpus)):
+def _shape(row: Mapping[str, str], said: Mapping[str, str], doubts: list[str]) -> dict[str, float]:
+    layers, width, seq_len = (number(row, key) for key in ("n_layers", "d_model", "seq_len"))
+    for key, value in (("n_layers", layers), ("d_model", width), ("seq_len", seq_len)):
         if value is None:
             raise Refused(f"{key} is not given")
-    assert layers and width and seq_len and n_gpus
+    assert layers and width and seq_len
     heads = number(row, "n_heads") or max(1.0, width // 128)
     kv_heads = number(row, "n_kv_heads") or heads
     vocabulary = number(row, "vocab") or DEFAULT_VOCABULARY
-    gated = said.get("mlp_kind", "").startswith(("swiglu", "geglu", "llama"))
+    gated = _any_of(said["mlp_kind"], "swiglu", "geglu", "silu", "gated", "llama")
     d_ff = number(row, "d_ff")
-    if d_ff is None:
-        parameters, attention = number(row, "n_params_b"), 2 * (1 + kv_heads / heads) * width**2
-        d_ff = 4 * width
-        if parameters is not None:
-            d_ff = max(width, (parameters * 1e9 - 2 * vocabulary * width) / layers - attention) / (2 * width)
-            gated = False  # as many elements, in two matrices
+    if d_ff is None:  # as many elements as the rest of the parameters, in two matrices
         doubts.append("shape")
+        d_ff, gated = 4 * width, False
+        if parameters := number(row, "n_params_b"):
+            of_mlp = (parameters * 1e9 - 2 * vocabulary * width) / layers - 2 * (1 + kv_heads / heads) * width**2
+            d_ff = max(width, of_mlp / (2 * width))
+    return {
+        "n_layers": layers,
+        "d_model": width,
+        "n_heads": heads,
+        "n_kv_heads": kv_heads,
+        "head_dim": width / heads,
+        "d_ff": d_ff,
+        "n_mlp_matrices": 3 if gated else 2,
+        "vocab_size": vocabulary,
+        "seq_len": seq_len,
+    }
 
-    block = 2 * (1 + kv_heads / heads) * width**2 + (3 if gated else 2) * width * d_ff
 
-    # ---- layout ----
-    tp, pp, cp = number(row, "tp"), number(row, "pp"), number(row, "cp") or 1.0
+def _layout(
+    row: Mapping[str, str], said: Mapping[str, str], shape: Mapping[str, float], cluster: Cluster, doubts: list[str]
+) -> dict[str, float]:
+    tp, pp, cp, n_gpus = number(row, "tp"), number(row, "pp"), number(row, "cp") or 1.0, number(row, "n_gpus")
+    block = 2 * (1 + shape["n_kv_heads"] / shape["n_heads"]) * shape["d_model"] ** 2
+    block += shape["n_mlp_matrices"] * shape["d_model"] * shape["d_ff"]
+    if n_gpus is None:
+        parts = [number(row, key) for key in ("dp", "tp", "pp")]
+        if None in parts:
+            raise Refused("n_gpus is not given")
+        n_gpus = math.prod(part or 1 for part in parts) * cp
     if tp is None and pp is None and n_gpus > 1:
-        tp, pp = _plausible_layout(layers * (4 + 8 * 1) * width**2, n_gpus, cluster)
+        tp, pp = _plausible_layout(shape["n_layers"] * block, n_gpus, cluster)
         doubts.append("layout")
     tp, pp = tp or 1.0, pp or 1.0
     dp = n_gpus / (tp * pp * cp)
     if dp < 1:
         raise Refused(f"{n_gpus:g} GPUs are fewer than tp {tp:g} x pp {pp:g} x cp {cp:g}")
+
     global_batch, micro_batch, steps = (number(row, key) for key in ("global_batch", "micro_batch", "grad_accum"))
     if micro_batch is None and global_batch is not None and steps is not None:
         micro_batch = max(1.0, global_batch / dp / steps)
     if micro_batch is None:
-        tokens = 16384 if cluster.memory_gib > 100 or said.get("recompute") == "full" else 8192
-        micro_batch = min(max(1.0, tokens // seq_len if pp == 1 else 1.0), max(1.0, (global_batch or 1e9) / dp))
+        tokens = 16384 if cluster.memory_gib > 100 or said["recompute"] == "full" else 8192
+        micro_batch = min(
+            max(1.0, tokens // shape["seq_len"] if pp == 1 else 1.0), max(1.0, (global_batch or 1e9) / dp)
+        )
         doubts.append("micro_batch")
     if global_batch is None and steps is None:
         steps = 8.0 * pp if pp > 1 else 1.0
         doubts.append("global_batch")
-    m = max(1.0, (global_batch or 0) / (dp * micro_batch)) if global_batch else steps or 1.0
-    if global_batch and global_batch / dp < micro_batch:
-        micro_batch = global_batch / dp
+    if global_batch is not None:
+        micro_batch = min(micro_batch, global_batch / dp)
+    m = max(1.0, global_batch / (dp * micro_batch)) if global_batch else steps or 1.0
 
-    schedule, chunks = said.get("pp_schedule", ""), number(row, "vpp") or 1.0
-    bubble = 1.0
-    if pp > 1:
-        if schedule.startswith("zb-1p") or schedule == "zb-h1":
-            bubble = 1 / 3
-        elif schedule.startswith(("zb-2p", "zb-h2", "zbv", "zb-v", "dualpipe")):
-            bubble = 0.05
-        elif "interleaved" in schedule or chunks > 1:
-            chunks = chunks if chunks > 1 else 2.0
-            bubble = 1 / chunks
-        elif not schedule.startswith(("1f1b", "gpipe")):
-            doubts.append("schedule")
-
-    # ---- what is kept, sent and computed again ----
-    kind = said.get("dp_kind", "")
-    sharded = any(word in kind for word in ("zero", "fsdp", "hsdp"))
-    gathers = any(word in kind for word in ("zero3", "fsdp", "hsdp"))
+    kind = re.sub(r"[ _-]", "", said["dp_kind"])
+    gathers = _any_of(kind, "zero3", "fsdp", "hsdp", "fullysharded")
+    sharded = gathers or _any_of(kind, "zero", "distributedoptimizer")
     if "offload" in kind:
         doubts.append("offload")
-    replicas = 1.0
-    if "hsdp" in kind and dp > cluster.ranks_per_node:
-        replicas = dp / cluster.ranks_per_node
-    precision = said.get("precision", "")
-    if precision == "nvfp4" or "fp4" in precision:
-        raise Refused("4-bit products are not modelled")
-    if not precision:
-        doubts.append("precision")
-    fp8 = "fp8" in precision or "float8" in precision
-    attention = said.get("attention", "")
-    flash = 0.0 if "standard" in attention or "unfused" in attention else 1.0
-    if "unknown" in attention or not attention:
+    replicas = max(1.0, dp / cluster.ranks_per_node) if "hsdp" in kind else 1.0
+    chunks, idle = _pipeline(row, said, pp=pp, m=m, doubts=doubts) if pp > 1 else (1.0, 1.0)
+    each = gathers and pp == 1  # a pipeline gathers weights once, and reduces gradients once
+    return {
+        "pp": pp,
+        "dp_replicate": replicas if sharded else dp,
+        "dp_shard": dp / replicas if sharded else 1.0,
+        "cp": cp,
+        "tp": tp,
+        "stages_per_rank": chunks,
+        "micro_batch": micro_batch,
+        "n_microbatches": m,
+        "sequence_parallel": int(said["sp"] in TRUE),
+        # An output that costs more than a layer and a half is not put on top of as many layers as others have.
+        "even_stages": int(
+            shape["n_layers"] % (pp * chunks) == 0 and shape["vocab_size"] * shape["d_model"] < 1.5 * block
+        ),
+        "bubble": idle,
+        "shards_state": int(sharded),
+        "forward_gathers": m if each else int(sharded),
+        "backward_gathers": m if each else 0,
+        "reduce_scatters": m if each else int(sharded),
+        "all_reduces": int(replicas > 1 or (not sharded and dp * cp > 1)),
+        "gradient_bytes": 2 if said["precision"] in ("fp16", "float16") else 4,
+        "ring": int(not _any_of(said["cp_kind"], "a2a", "ulysses", "all-to-all")),
+        "all_to_all": int(_any_of(said["cp_kind"], "a2a", "ulysses", "all-to-all")),
+    }
+
+
+def _pipeline(
+    row: Mapping[str, str], said: Mapping[str, str], *, pp: float, m: float, doubts: list[str]
+) -> tuple[float, float]:
+    """Stages a rank, and the bubble as Workload has it."""
+    schedule, chunks = said["pp_schedule"].replace("zero bubble", "zb"), number(row, "vpp") or 1.0
+    if schedule.startswith(("zb-1p", "zb-h1")):
+        return chunks, 1 / 3
+    if schedule.startswith(("zb", "dualpipe")):
+        return chunks, 0.05
+    if "interleaved" in schedule or chunks > 1:
+        chunks = chunks if chunks > 1 else 2.0
+        return chunks, float(bubble("interleaved-1f1b", pp=pp, stages_per_rank=chunks, m=m))
+    if not schedule.startswith(("1f1b", "gpipe")):
+        doubts.append("schedule")
+    return 1.0, 1.0
+
+
+def _kernels(
+    said: Mapping[str, str],
+    shape: Mapping[str, float],
+    layout: Mapping[str, float],
+    cluster: Cluster,
+    doubts: list[str],
+) -> dict[str, float]:
+    attention = said["attention"]
+    flash = 0.0 if _any_of(attention, "standard", "unfused", "eager") else 1.0
+    if attention == "" or "unknown" in attention:
         doubts.append("attention")
         flash = 0.5 if cluster.device.generation == "ampere" else 1.0
-    kept = 34 * micro_batch * seq_len * width * layers / (tp * cp)  # bytes, without recompute, in a pipeline too
-    fits = kept < 0.6 * cluster.memory_gib * 2**30
-    again = _recompute(said.get("recompute", ""), flash=flash > 0, fits=fits, doubts=doubts)
+    kept = 34 * layout["micro_batch"] * shape["seq_len"] * shape["d_model"] * shape["n_layers"]  # bytes, kept whole
+    fits = kept / (layout["tp"] * layout["cp"]) < 0.6 * cluster.memory_gib * 2**30
+    products, of_attention, rest = _recompute(said["recompute"], flash=flash > 0, fits=fits, doubts=doubts)
+    return {
+        "flash": flash,
+        "again_products": products,
+        "again_attention": of_attention,
+        "again_rest": rest,
+        "fp8": int(_any_of(said["precision"], "fp8", "float8")),
+        "compiled": int(said["compile"].startswith(("yes", "true", "torch.compile", "inductor"))),
+    }
 
-    xla = "xla" in said.get("compile", "") or any(
-        word in said.get("source", "") for word in ("maxtext", "jax", "pax ", "tpu")
-    )
-    megatron = any(word in said.get("source", "") for word in ("megatron", "nemo", "mlperf", "primus"))
-    if xla:
+
+def _recompute(said: str, *, flash: bool, fits: bool, doubts: list[str]) -> tuple[float, float, float]:
+    """Of products, attention and the rest, as in Workload."""
+    if said.startswith("none") or said in ("no", "off", "false"):
+        return 0.0, 0.0, 0.0
+    if said.startswith("full") or said in TRUE:
+        return 1.0, 1.0, 1.0
+    if said.startswith("selective"):
+        if _any_of(said, "per-op", "layer", "2nd", "every"):
+            return 0.4, 0.4, 0.5
+        if _any_of(said, "minimal", "dot", "context"):
+            return 0.0, 0.0, 0.7
+        return (0.0, 0.0, 0.5) if flash else (0.0, 1.0, 0.0)
+    doubts.append("recompute")
+    if said.startswith("custom"):
+        return 0.3, 0.3, 0.5
+    return (0.05, 0.05, 0.1) if fits else (0.6, 0.6, 0.7)
+
+
+def _software(said: Mapping[str, str], *, flash: float) -> Software:
+    """No column names the program: what does is how it compiles, and who published it."""
+    if "xla" in said["compile"] or _any_of(said["source"], "maxtext", "jax", "pax ", "tpu"):
         profile = "xla"
     elif not flash:
         profile = "megatron-2021"
     elif (
-        megatron
-        or "transformerengine" in said.get("compile", "").replace(" ", "")
-        or (fp8 and not said.get("compile", "").startswith("yes"))
+        _any_of(said["source"], "megatron", "nemo", "mlperf", "primus")
+        or "transformerengine" in said["compile"].replace(" ", "")
+        or (_any_of(said["precision"], "fp8", "float8") and not said["compile"].startswith("yes"))
     ):
         profile = "megatron-core"
     else:
         profile = "torch"
-    cluster = dataclasses.replace(cluster, software=Software(profile=profile, **PROFILES[profile]))
-    rates = cluster.rates("float8" if fp8 else "bfloat16")
-    if not precision and cluster.matmul_flops("float8"):
-        flops = math.sqrt(rates.matmul_flops * cluster.rates("float8").matmul_flops)
-        rates = dataclasses.replace(rates, matmul_flops=flops)
-
-    workload = Workload(
-        n_layers=layers,
-        d_model=width,
-        n_heads=heads,
-        n_kv_heads=kv_heads,
-        head_dim=width / heads,
-        d_ff=d_ff,
-        n_mlp_matrices=3 if gated else 2,
-        vocab_size=vocabulary,
-        seq_len=seq_len,
-        pp=pp,
-        dp_replicate=replicas if sharded else dp,
-        dp_shard=dp / replicas if sharded else 1.0,
-        cp=cp,
-        tp=tp,
-        stages_per_rank=chunks if pp > 1 else 1.0,
-        micro_batch=micro_batch,
-        n_microbatches=m,
-        sequence_parallel=int(said.get("sp", "") == "yes" or (not said.get("sp") and profile == "megatron-core")),
-        # An output that costs more than a layer and a half is not put on top of as many layers as others have.
-        even_stages=int(layers % (pp * chunks) == 0 and vocabulary * width < 1.5 * block),
-        bubble=bubble,
-        shards_state=int(sharded),
-        # A pipeline gathers weights once, and reduces gradients once: each microbatch would be too much.
-        forward_gathers=m if gathers and pp == 1 else int(sharded),
-        backward_gathers=m if gathers and pp == 1 else 0,
-        reduce_scatters=m if gathers and pp == 1 else int(sharded),
-        all_reduces=int(replicas > 1 or (not sharded and dp * cp > 1)),
-        gradient_bytes=2 if precision == "fp16" else 4,
-        ring=int("a2a" not in said.get("cp_kind", "") and "ulysses" not in said.get("cp_kind", "")),
-        all_to_all=int("a2a" in said.get("cp_kind", "") or "ulysses" in said.get("cp_kind", "")),
-        again_products=again[0],
-        again_attention=again[1],
-        again_rest=again[2],
-        fp8=int(fp8),
-        flash=flash,
-        compiled=int(said.get("compile", "").startswith("yes")),
-    )
-    run = Run(
-        row.get("id", ""), row.get("source", ""), workload, rates, cluster.name, cluster.device.generation, doubts
-    )
-    run.model_flops = workload.model_flops_per_token * workload.tokens
-    run.peak_flops = PEAKS.get(cluster.name) or cluster.peak("bfloat16").flops
-    run.measured_seconds = measured_seconds(row, run, gated=gated)
-    return run
+    return Software(profile=profile, **PROFILES[profile])
 
 
+def _rates(said: Mapping[str, str], cluster: Cluster, doubts: list[str]) -> Rates:
+    precision = said["precision"]
+    if "fp4" in precision:
+        raise Refused("4-bit products are not modelled")
+    if _any_of(precision, "fp32", "float32", "tf32"):
+        raise Refused("float32 products are not modelled")
+    rates = cluster.rates("float8" if _any_of(precision, "fp8", "float8") else "bfloat16")
+    if precision == "":
+        doubts.append("precision")
+        if in_8_bits := cluster.matmul_flops("float8"):
+            return dataclasses.replace(rates, matmul_flops=math.sqrt(rates.matmul_flops * in_8_bits))
+    return rates
+
+
+def _any_of(text: str, *words: str) -> bool:
+    return any(word in text for word in words)
+
+
+TRUE = ("yes", "true", "on", "1")
 PEAKS = {"v100": 125e12}  # in float16, which accelerators.toml does not have
 
 
@@ -270,30 +321,34 @@ def _cluster(row: Mapping[str, str], doubts: list[str]) -> Cluster:
     name = next((cluster for word, cluster in HARDWARE if word in hardware.upper()), None)
     if name is None:
         raise Refused(f"nothing is known of hardware {hardware!r}")
-    file = name if name != "a100" else "a100-40gb" if "40GB" in hardware.upper() else "a100-80gb"
-    cluster = load_cluster(file)
-    device, links = cluster.device, cluster.links
+    cluster = load_cluster(name if name != "a100" else "a100-40gb" if "40GB" in hardware.upper() else "a100-80gb")
+    device, links, share = cluster.device, cluster.links, 1.0
     if watts := re.search(r"([0-9]{3,4}) ?W\b", hardware):
         share = min(1.0, float(watts[1]) / TDP_WATTS.get(name, float(watts[1]))) ** 0.4
-        device = dataclasses.replace(
-            device, matmul_tflops=device.matmul_tflops * share, matmul_float8_tflops=device.matmul_float8_tflops * share
-        )
         doubts.append("power")
     elif "power" in hardware.lower():
         doubts.append("limited power")
+    if "PCIE" in hardware.upper():
+        share, links = share * PCIE_SHARE, dataclasses.replace(links, inside_gb_per_s=PCIE_GB_PER_S)
+        doubts.append("power")
+    for word, gb_per_s in SLOWER_LINKS.items():
+        if word in hardware.upper():
+            links = dataclasses.replace(links, inside_gb_per_s=gb_per_s)
     if memory := re.search(r"([0-9.]{1,5}) ?TB/s", hardware):
         device = dataclasses.replace(device, memory_gb_per_s=float(memory[1]) * 1e3)
-    node = number(row, "gpus_per_node")
-    if (network := _network(row.get("interconnect") or "", node or cluster.ranks_per_node)) is not None:
+    device = dataclasses.replace(
+        device, matmul_tflops=device.matmul_tflops * share, matmul_float8_tflops=device.matmul_float8_tflops * share
+    )
+    node = max(1, int(number(row, "gpus_per_node") or cluster.ranks_per_node))
+    if (network := _network(row.get("interconnect") or "", node)) is not None:
         links = dataclasses.replace(links, across_gb_per_s=network)
-    return dataclasses.replace(cluster, device=device, links=links, ranks_per_node=int(node or cluster.ranks_per_node))
+    return dataclasses.replace(cluster, device=device, links=links, ranks_per_node=node)
 
 
 def _network(text: str, ranks: float) -> float | None:
     """10^9 bytes/s of one rank's share of a node's network, where the words say it in Gb/s."""
-    if match := re.search(r"([0-9]{1,2}) ?x (?:[A-Za-z0-9]+ ){0,2}?([0-9]{2,4}) ?Gb/s", text) or re.search(
-        r"([0-9]{1,2})x([0-9]{2,4}) ?Gb/s", text
-    ):
+    text = re.sub(r"Gbps|Gbit/s", "Gb/s", text)
+    if match := re.search(r"([0-9]{1,2}) ?x ?(?:[A-Za-z][A-Za-z0-9]* ){0,2}?([0-9]{2,4}) ?Gb/s", text):
         return float(match[1]) * float(match[2]) / 8 / ranks
     if match := re.search(r"([0-9]{2,5}) ?Gb/s ?(?:/|per )(node|VM|GPU)", text):
         return float(match[1]) / 8 / (1 if match[2] == "GPU" else ranks)
@@ -308,26 +363,7 @@ def _plausible_layout(parameters: float, n_gpus: float, cluster: Cluster) -> tup
     return tp, pp
 
 
-def _recompute(said: str, *, flash: bool, fits: bool, doubts: list[str]) -> tuple[float, float, float]:
-    """Of products, attention and the rest, as in Workload."""
-    if said.startswith("none"):
-        return 0.0, 0.0, 0.0
-    if said.startswith("full"):
-        return 1.0, 1.0, 1.0
-    if said.startswith("selective"):
-        if any(word in said for word in ("per-op", "layer", "2nd", "every")):
-            return 0.4, 0.4, 0.5
-        if any(word in said for word in ("minimal", "dot", "context")):
-            return 0.0, 0.0, 0.7
-        return (0.0, 0.0, 0.5) if flash else (0.0, 1.0, 0.0)
-    if said.startswith("custom"):
-        doubts.append("recompute")
-        return 0.3, 0.3, 0.5
-    doubts.append("recompute")
-    return (0.05, 0.05, 0.1) if fits else (0.6, 0.6, 0.7)
-
-
-def measured_seconds(row: Mapping[str, str], run: Run, *, gated: bool) -> float | None:
+def measured_seconds(row: Mapping[str, str], run: Run) -> float | None:
     """Of the run's step, as the workload counts it: by tokens/s, the step, or FLOPs as defined."""
     w = run.workload
     n_gpus = w.world_size
@@ -514,7 +550,11 @@ def main() -> None:
     for (source, reason), n in sorted(refused.items()):
         print(f"refused: {n} of {source or 'no source'}: {reason}")
     if arguments.predictions is not None:
-        with arguments.predictions.open("w", encoding="utf-8", newline="") as file:
+        try:
+            file = arguments.predictions.open("w", encoding="utf-8", newline="")
+        except OSError as error:
+            sys.exit(f"--predictions = {arguments.predictions}: cannot be written ({error.strerror})")
+        with file:
             writer = csv.writer(file)
             names = ("low_step_s", "high_step_s", "measured_step_s", "calibrated_on", "unknown")
             writer.writerow(("id", "source", "predicted_step_s", *names))

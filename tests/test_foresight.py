@@ -1,5 +1,6 @@
 """Step times foretold: units, identities, hand-computed cases, and runs that others published."""
 
+import csv
 import dataclasses
 import math
 import subprocess
@@ -303,9 +304,11 @@ def test_what_was_measured_corrects_what_was_not_and_narrows_it() -> None:
 
 
 def published(tmp_path: Path, *rows: dict[str, str], options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    file, columns = tmp_path / "runs.csv", sorted({key for row in rows for key in row})
-    lines = [",".join(columns), *(",".join(row.get(column, "") for column in columns) for row in rows)]
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    file = tmp_path / "runs.csv"
+    with file.open("w", encoding="utf-8", newline="") as opened:
+        writer = csv.DictWriter(opened, sorted({key for row in rows for key in row}))
+        writer.writeheader()
+        writer.writerows(rows)
     command = [sys.executable, str(ROOT / "benchmarks" / "published.py"), str(file), *options]
     return subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
 
@@ -373,6 +376,18 @@ def test_what_a_row_leaves_open_widens_it_and_what_it_must_say_is_asked_for(tmp_
     for reason in ("nothing is known of hardware 'TPU-v9'", "seq_len is not given", "experts", "fewer than tp 8"):
         assert reason in done.stdout
     assert "no row has a measurement" in done.stdout
+
+
+def test_one_configuration_in_other_words(tmp_path: Path) -> None:
+    usual = LLAMA | dict(id="a", n_gpus="8192", recompute="full")
+    words = dict(
+        hardware="NVIDIA H100 SXM5", interconnect="8x ConnectX-7 NDR 400 Gbps", mlp_kind="SiLU, gated", vpp="8 chunks",
+        pp_schedule="Interleaved 1F1B", dp_kind="ZeRO-1", recompute="True", precision="BF16", moe="", tp="8.0",
+    )  # fmt: skip
+    out = tmp_path / "predictions.csv"
+    done = published(tmp_path, usual, usual | words | dict(id="b"), options=("--predictions", str(out)))
+    first, second = (line.split(",")[2:5] for line in out.read_text().splitlines()[1:])
+    assert first == second, done.stdout
 
 
 def test_three_runs_of_a_source_correct_the_others(tmp_path: Path) -> None:
