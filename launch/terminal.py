@@ -148,7 +148,7 @@ class Status:
         if step := STEP.match(line):
             n_done = BAR * int(step[1]) // max(1, int(step[2]))
             done, left, line = "━" * n_done, "─" * (BAR - n_done) + " ", f"{step[1]}/{step[2]}  {step[3]}"
-        room = (columns_of(self.stream) or 80) - 3 - len(done + left)
+        room = max(0, (columns_of(self.stream) or 80) - 3 - len(done + left))
         if step and in_colour(self.stream):
             done, left = f"\x1b[{GREEN}m{done}\x1b[m", f"\x1b[{DIM}m{left}\x1b[m"
         self.stream.write(f"  {done}{left}{printable(line)[:room]}")
@@ -158,6 +158,7 @@ class Status:
     def _clear(self) -> None:
         if self._shown:
             self.stream.write("\r\x1b[K")
+            self.stream.flush()  # an error may follow, on the other stream
             self._shown = False
 
 
