@@ -273,7 +273,7 @@ def test_ranks_of_a_cpu_share_its_cores() -> None:
     "layout",
     [
         dict(train=dict(global_batch=4, micro_batch=4)),
-        dict(train=dict(global_batch=4, micro_batch=4), recompute=dict(mode="selective")),
+        dict(train=dict(global_batch=4, micro_batch=4), recompute=dict(mode="selective"), parallel=dict(tp=4)),
         dict(parallel=dict(dp_shard=8), train=dict(global_batch=32), recompute=dict(mode="full")),
         dict(parallel=dict(dp_replicate=2, tp=4), train=dict(global_batch=4)),
         dict(parallel=dict(cp=4), train=dict(global_batch=2, seq_len=16384)),

@@ -81,6 +81,13 @@ def test_a_search_at_the_scale_of_llama_3_has_every_kind_of_layout() -> None:
     assert best.parallel.pp > 1 and best.parallel.tp > 1 and best.replicas > 1
 
 
+def test_a_closed_form_that_says_too_little_fills_less() -> None:
+    base = load_recipe(LARGE / "llama3-70b.toml")
+    found = plan(base, H100, ranks=128, filled=0.8)
+    assert all(choice.peak_bytes <= 0.8 * ROOM * 80 * 2**30 for choice in found.best)
+    assert found.best[0].prediction.step_seconds > plan(base, H100, ranks=128).best[0].prediction.step_seconds
+
+
 @pytest.mark.parametrize(
     ("preset", "ranks", "says", "mesh"),
     [

@@ -2,8 +2,10 @@
 
 import argparse
 import dataclasses
+import functools
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from parallel.foresight.prediction import WORDS
 from parallel.measure.record import record_json
 from parallel.recipe import Recipe, RecipeError, load_recipe, read_toml
 
-DRY_RUNS = 3  # of the best layouts, until one fits by it, too
+DRY_RUNS = 3  # until the best layout fits by it, too
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -39,10 +41,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise RecipeError("--write", str(arguments.write), "is there already; give a new file")
     cluster = load_cluster(arguments.cluster)
     recipe = load_recipe(arguments.recipe, arguments.set)
-    found = plan(recipe, cluster, ranks=arguments.ranks)
+    plan_again = functools.partial(_plan, recipe, cluster, arguments.ranks)
+    found = plan_again(1.0)
     counted = None
     if not arguments.without_dry_run:
-        found, counted = _dry_run_until_it_fits(found)
+        found, counted = _dry_run_until_it_fits(found, plan_again)
     if arguments.write is not None:
         best = dataclasses.replace(found.best[0].recipe, name=f"{recipe.name}-planned"[:100])
         head = f"# The fastest layout of {recipe.name} on {arguments.ranks} ranks of {cluster.name}, by lab plan."
@@ -57,25 +60,43 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _dry_run_until_it_fits(found: Plan) -> tuple[Plan, dict[str, int] | None]:
-    """The plan without those of its best that a dry run does not fit, and the memory of the first that it does.
+def _plan(recipe: Recipe, cluster: Cluster, ranks: int, filled: float) -> Plan:
+    return plan(recipe, cluster, ranks=ranks, filled=filled)
 
-    Where it fits none of the first few, the plan as it is, and the memory of the last of them.
+
+def _dry_run_until_it_fits(found: Plan, plan_again: Callable[[float], Plan]) -> tuple[Plan, dict[str, int]]:
+    """A plan whose first layout fits by a dry run, and the memory of its fullest rank; the last one tried if none does.
+
+    plan_again: given the part of the room that the closed form may fill.
     """
     from parallel.dryrun import measure_each  # other commands live without torch
     from parallel.kinds import distinct_ranks
 
-    for tries, choice in enumerate(found.best[:DRY_RUNS]):
+    filled = 1.0
+    for tries in range(DRY_RUNS):
+        choice = found.best[0]
         kinds = list(distinct_ranks(choice.recipe))
         ranks = sorted({kinds[0], kinds[-1]})  # the ends of a pipeline, one of which is fullest
         which = f"{_layout(choice.recipe)}, rank {' and '.join(map(str, ranks))}"
         print(f"  dry run of {which}", file=sys.stderr, flush=True)
-        measured = dict(measure_each(choice.recipe, ranks, lambda _: None))
+        measured = dict(measure_each(_shorter(choice.recipe), ranks, lambda _: None))
         fullest = max(ranks, key=lambda rank: measured[rank].memory["peak_bytes"])
         memory = {"rank": fullest, **measured[fullest].memory}
-        if memory["peak_bytes"] <= found.room_bytes:
-            return dataclasses.replace(found, best=found.best[tries:]), memory
+        if memory["peak_bytes"] <= found.room_bytes or tries == DRY_RUNS - 1:
+            break
+        filled = min(filled, choice.peak_bytes / memory["peak_bytes"])
+        found = plan_again(filled)
     return found, memory
+
+
+def _shorter(recipe: Recipe) -> Recipe:
+    """With no more microbatches than it takes to fill memory: further ones find what the ones before have freed."""
+    few = 2 * recipe.parallel.pp if recipe.parallel.pp > 1 else 3
+    if recipe.n_microbatches <= few or recipe.pipeline.schedule in ("gpipe", "looped-bfs"):  # these keep them all
+        return recipe
+    batch = few * recipe.micro_batch * recipe.replicas
+    train = dataclasses.replace(recipe.train, global_batch=batch, micro_batch=recipe.micro_batch)
+    return dataclasses.replace(recipe, train=train)
 
 
 def _in_words(found: Plan, recipe: Recipe, cluster: Cluster, ranks: int, counted: dict[str, int] | None) -> str:
@@ -93,8 +114,8 @@ def _in_words(found: Plan, recipe: Recipe, cluster: Cluster, ranks: int, counted
     below = [f"Of the first: {spent}. {it.bottleneck[0].upper()}{it.bottleneck[1:]}."]
     if counted is not None:
         fits = counted["peak_bytes"] <= found.room_bytes
-        whose = "By a dry run its" if fits else "None of the first fits by a dry run: of the last one tried,"
-        below.append(f"{whose} rank {counted['rank']} needs {counted['peak_bytes'] / gib:.4g} GiB.")
+        no = "" if fits else " It does not fit, and neither did those tried before: take more ranks, or more recompute."
+        below.append(f"By a dry run its rank {counted['rank']} needs {counted['peak_bytes'] / gib:.4g} GiB.{no}")
     below += [f"Faster, but too large: {_too_large(choice, found)}." for choice in found.too_large]
     below.append(_against_the_rule(found))
     return "\n".join([_wrapped(head), "", *_table(found), "", _wrapped(legend), "", *map(_wrapped, below)])

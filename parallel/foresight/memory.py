@@ -40,7 +40,8 @@ def _rank_bytes(w: Workload, *, first: Number, last: Number) -> Number:
     whole = tokens * w.d_model * (RESIDUAL * e + IN_FLOAT32)
     gathered = np.where(w.tp > 1, 2 * e * tokens * w.d_model, 0)
     everything = (whole - gathered) / split + gathered + tokens * e * (4 * w.d_ff / w.tp + 2 * keys)
-    products = w.saves_products * (heads + 2 * keys + 2 * w.d_ff / w.tp + 2 * w.d_model / split) * e
+    # Results of out and down are whole: what splits them over tp comes after.
+    products = w.saves_products * (heads + 2 * keys + 2 * w.d_ff / w.tp + 2 * w.d_model) * e
     little = tokens * (stream + w.saves_attention * heads * e + products)
     keeps = np.minimum(w.in_flight, m) * first + (1 - first)
     copies = np.where(sharded | (e >= 4), 0, e * block * layers * (1 - w.recomputes))  # of weights, in 16 bits

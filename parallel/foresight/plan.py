@@ -64,8 +64,11 @@ class Plan:
     rule_says: str
 
 
-def plan(recipe: Recipe, cluster: Cluster, *, ranks: int, n_best: int = 8) -> Plan:
-    """Raises RecipeError where nothing fits, or the cluster has no rate for the recipe's type."""
+def plan(recipe: Recipe, cluster: Cluster, *, ranks: int, n_best: int = 8, filled: float = 1.0) -> Plan:
+    """filled: the part of the room that the closed form may fill, where a dry run has shown that it says too little.
+
+    Raises RecipeError where nothing fits, or the cluster has no rate for the recipe's type.
+    """
     if recipe.engine.name != "native":
         raise RecipeError("engine.name", recipe.engine.name, "cannot be planned; only native can: set it to that")
     room = ROOM * cluster.memory_gib * 2**30
@@ -75,7 +78,7 @@ def plan(recipe: Recipe, cluster: Cluster, *, ranks: int, n_best: int = 8) -> Pl
     memory = np.concatenate([group.memory for group in groups]) if groups else np.zeros(0)
     where = [(group, i) for group in groups for i in range(len(group.seconds))]
     order = np.argsort(seconds, kind="stable")
-    fits = memory <= room
+    fits = memory <= room * filled
 
     def first_of_each_mesh(candidates: Array, n: int) -> list[Recipe]:
         found: dict[tuple[int, ...], Recipe] = {}
