@@ -851,6 +851,8 @@ def test_dry_runs_alone_are_a_page_of_plans(open_page: Open) -> None:
     assert page.locator("#charts figure").evaluate_all("all => all.map(one => one.id)") == [
         *("chart-memory", "chart-traffic", "chart-bubble"),
     ]
+    plans["fsdp"]["throughput"]["tokens_per_s"] = 100.0  # of a dry run for a cluster
+    assert found_in(open_page(plans))[0].endswith("nothing was run, speeds are foretold.")
 
 
 # ---- for everyone --------------------------------------------------------------------------------------------------

@@ -51,7 +51,8 @@ function findings(runs) {
   }
   if (sets.length > shown.length) say(`${plural(sets.length - shown.length, "more set")} of runs can be compared: choose a cluster, a number of devices or a model.`);
   if (PLANS) {
-    say(`${plural(runs.length, "plan")}: dry runs. Memory, traffic and FLOPs are counted exactly; nothing was run, so there is no speed.`);
+    const speed = runs.some(({ tokens_per_s }) => tokens_per_s !== null) ? "speeds are foretold" : "so there is no speed";
+    say(`${plural(runs.length, "plan")}: dry runs. Memory, traffic and FLOPs are counted exactly; nothing was run, ${speed}.`);
     for (const set of Map.groupBy(runs, ({ model }) => model).values()) found.push({ parts: leanest(set, new Set(runs.map(({ model }) => model)).size > 1 ? `${set[0].model}: ` : "") });
   }
   const judged = runs.filter(({ parity }) => parity.passed !== null);
