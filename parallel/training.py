@@ -147,7 +147,7 @@ def train_in_group(
     )
     traced = min(first_step + WARM_UP_STEPS, recipe.train.steps)
     engine.observers += [
-        FiniteCheck(),
+        FiniteCheck(skips=recipe.train.non_finite == "skip"),
         Progress(recipe, peak=peak_of(matmul_ceiling_flops=ceiling).flops, counters=counters),
         Journal(out / "steps.jsonl", first_step=first_step, told=told),
         *([Trace(out, device, mesh=mesh, number=traced, clock=clock)] if profile else []),

@@ -71,6 +71,20 @@ def test_what_is_no_finite_number_ends_the_run(loss: float, norm: float) -> None
     do_step([FiniteCheck()], 8)
 
 
+def test_steps_that_are_left_out_end_the_run_when_they_are_too_many_in_a_row() -> None:
+    check = FiniteCheck(skips=True)
+    with mock.patch.object(journal, "say") as said:
+        for number in (*range(1, 11), *range(12, 22)):
+            do_step([check], number, loss=math.nan, norm=math.nan)
+            if number == 10:
+                do_step([check], 11)
+        with pytest.raises(Diverged, match="step 22 gave loss nan"):
+            do_step([check], 22, loss=math.nan, norm=math.nan)
+        with pytest.raises(Diverged, match="step 23 gave loss inf"):  # the weights have taken that step
+            do_step([check], 23, loss=math.inf, norm=1.0)
+    assert len(said.mock_calls) == 20 and "step 21 is left out: loss nan" in str(said.mock_calls[-1])
+
+
 def do_step(observers: list[Observer], number: int, *, loss: float = 1.0, norm: float = 1.0) -> Step:
     """A step in which nothing is computed."""
     step = Step(number)

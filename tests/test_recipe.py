@@ -262,6 +262,7 @@ REFUSED = [
     ("engine.zero_stage = 2", "engine.zero_stage = 2", "read by engine.name = deepspeed alone, and this is native"),
     (DEEPSPEED + "; engine.zero_stage = 0", "engine.zero_stage = 0", "at least 1"),
     ("engine.offload = 'optimizer'", "engine.offload = 'optimizer'", "and this is native; remove it"),
+    (DEEPSPEED + "; train.non_finite = 'skip'", "train.non_finite = 'skip'", "takes every step; use stop"),
     (DEEPSPEED + "; engine.plugin = 'deepspeed'", "engine.plugin", "read by engine.name = accelerate alone"),
     (DEEPSPEED + "; engine.offload = 'optimizer'", "engine.offload", "use parallel.dp_shard above 1, or none"),
     (

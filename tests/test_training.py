@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import os
 import weakref
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import parallel.measure.hardware as hardware
 from parallel.assemble import assemble
 from parallel.batches import rows_of_replica
+from parallel.engines.native import NativeEngine
 from parallel.measure.parity import compare_with_reference, parity_recipe, reference_gradients
 from parallel.mesh import build_mesh, local_part
 from parallel.process import choose_device
@@ -70,6 +72,38 @@ def test_one_process_trains_as_a_plain_torch_loop(ranks: Ranks, tmp_path: Path) 
         optimizer.step()
         assert steps[step]["loss"] == pytest.approx(loss.item(), rel=1e-9)
         assert steps[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-9)
+
+
+def skipping(recipe: Recipe, poisoned: int) -> tuple[list[float], list[float]]:
+    """Losses and norms of four steps; at step `poisoned` a gradient of the last rank is no number.
+
+    Of replicas every rank's: they have added up their gradients.
+    """
+    mesh = build_mesh(recipe, "cpu")
+    engine = NativeEngine(recipe, mesh=mesh, device=CPU)
+    losses, norms = [], []
+    for number in range(1, 5):
+        losses.append(engine.gradients(*batch_of(recipe, rows_of_replica(recipe, mesh), number - 1)).item())
+        if number == poisoned and (recipe.parallel.dp_replicate > 1 or mesh.get_rank() == recipe.world_size - 1):
+            gradients = (
+                local_part(parameter.grad) for _, parameter in engine.named_parameters() if parameter.grad is not None
+            )
+            next(gradient for gradient in gradients if gradient.numel()).view(-1)[0] = torch.nan
+        norms.append(engine.update().item())
+    return losses, norms
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp·tp", "zbv, tied"])
+def test_a_step_without_a_finite_norm_is_left_out_on_every_rank(ranks: Ranks, layout: str) -> None:
+    train = dict(learning_rate=1e-2, grad_clip=0.1, micro_batch=1, non_finite="skip")
+    recipe = small_recipe(**LAYOUTS[layout] | {"train": train})
+    alone = small_recipe(model=LAYOUTS[layout].get("model", {}), train=train | {"micro_batch": 8})
+    expected = ranks(1, skipping, alone, 2)[0]
+    for losses, norms in ranks(recipe.world_size, skipping, recipe, 2):
+        assert losses == pytest.approx(expected[0], rel=1e-9)
+        assert math.isnan(norms[1]) and norms[2:] == pytest.approx(expected[1][2:], rel=1e-9)
+    untouched = ranks(1, skipping, alone, 5)[0]
+    assert expected[0][:2] == untouched[0][:2] and expected[0][2] != pytest.approx(untouched[0][2], rel=1e-3)
 
 
 @pytest.mark.parametrize("adamw", ["fused", "foreach", "for-loop"])

@@ -46,6 +46,8 @@ class NativeEngine:
 
     def update(self) -> Tensor:
         norm = self.model.gradient_norm()
+        if self.recipe.train.non_finite == "skip" and not norm.isfinite():  # the same number on every rank
+            return norm
         if self.recipe.train.grad_clip:
             self.model.clip_gradients(norm=norm, largest=self.recipe.train.grad_clip)
         with record_function("optimizer"):

@@ -19,6 +19,7 @@ from parallel.recipe import Recipe
 
 KEPT_STEPS = 10_000  # in the record, evenly spaced
 NARROW = 80  # columns of a terminal
+MOST_SKIPPED = 10  # steps in a row
 
 
 class Diverged(ArithmeticError):
@@ -26,13 +27,23 @@ class Diverged(ArithmeticError):
 
 
 class FiniteCheck(Observer):
-    """Ends the run, with Diverged, at the first loss or gradient norm that is no finite number."""
+    """Ends the run, with Diverged, at the first loss or gradient norm that is no finite number.
+
+    skips: steps whose norm is none are left out by the engine; MOST_SKIPPED in a row end the run.
+    """
+
+    def __init__(self, *, skips: bool = False) -> None:
+        self._may_skip = MOST_SKIPPED if skips else 0
+        self._skipped = 0
 
     @contextlib.contextmanager
     def step(self, step: Step) -> Iterator[None]:
         yield
         loss, norm = step.loss.item(), step.grad_norm.item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        self._skipped = 0 if math.isfinite(norm) else self._skipped + 1
+        if 0 < self._skipped <= self._may_skip:
+            say(f"warning: step {step.number} is left out: loss {loss:g}, gradient norm {norm:g}")
+        elif not (math.isfinite(loss) and math.isfinite(norm)):
             raise Diverged(f"step {step.number} gave loss {loss:g} and gradient norm {norm:g}; the run has diverged")
 
 

@@ -48,6 +48,7 @@ def check_engine(recipe: Sections) -> None:
         ("ddp.overlap", recipe.ddp.overlap, True, "sends gradients during backward, if it can"),
         ("sharding.prefetch", recipe.sharding.prefetch, 1, "fetches weights ahead in its own way"),
         ("checkpoint.every", recipe.checkpoint.every, 0, "is not saved yet"),
+        ("train.non_finite", train.non_finite, "stop", "takes every step"),
     )
     if deepspeed:
         fixed += (

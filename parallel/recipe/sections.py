@@ -189,6 +189,10 @@ class Train(Section):
     weight_decay: float = option(0.1, "of AdamW", minimum=0.0, maximum=1e3)
     grad_clip: float = option(1.0, "largest global gradient norm; 0: no clipping", minimum=0.0)
     adamw: AdamW = option("fused", "implementation of AdamW")
+    non_finite: Literal["stop", "skip"] = option(
+        "stop",
+        "gradient norm that is no finite number: stop: ends the run; skip: leaves the step out, but not 11 in a row",
+    )
     attention: AttentionKernel = option(
         "auto", "kernel: auto: torch's choice; flash; cudnn: NVIDIA's, on CUDA alone; math: plain matrix products"
     )
