@@ -170,7 +170,9 @@ def digits(steps: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("source", "target", "model"), PAIRS, ids=lambda value: value if isinstance(value, str) else ""
+    ("source", "target", "model"),
+    [*PAIRS[:17], *(pytest.param(*pair, marks=pytest.mark.long) for pair in PAIRS[17:])],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_any_layout_goes_on_from_any_other(
     ranks: Ranks, tmp_path: Path, source: str, target: str, model: dict[str, Any]

@@ -27,9 +27,12 @@ Sections = dict[str, dict[str, Any]]
 
 def case(name: str, **sections: dict[str, Any]) -> Any:
     """Two layers, unless `sections` say otherwise: the time goes by the number of operators."""
-    return pytest.param(sections | {"model": dict(n_layers=2) | sections.get("model", {})}, id=name)
+    marks = [pytest.mark.long] * (name in LONG)
+    return pytest.param(sections | {"model": dict(n_layers=2) | sections.get("model", {})}, id=name, marks=marks)
 
 
+# Of these another case has the schedule, the method of context or the chunks.
+LONG = ("cp all-gather", "pp interleaved-1f1b", "pp looped-bfs", "pp zbv", "pp·fsdp", "tp, loss in chunks")
 ONE_BY_ONE = dict(global_batch=4, micro_batch=1)
 
 CASES = [

@@ -59,6 +59,7 @@ def test_an_early_warning_saves_the_run_and_queues_it_again(lab: Lab, losses: li
     assert lab.log("runs/small").count(f"job {job}: 2 ranks on each of 2 nodes") == n_lives  # the log is one
 
 
+@pytest.mark.long
 def test_after_so_many_requeues_it_ends_and_says_how_to_go_on(lab: Lab, losses: list[float]) -> None:
     lab.site('launcher = "srun"\nrequeues = 0')
     job = lab.submit("small.toml", *SAVING)["job"]
@@ -75,6 +76,7 @@ def test_after_so_many_requeues_it_ends_and_says_how_to_go_on(lab: Lab, losses: 
     whole(lab, losses, lives=2)
 
 
+@pytest.mark.long
 def test_a_warning_does_not_end_a_run_that_cannot_save_itself(lab: Lab) -> None:
     job = lab.submit("small.toml", "--set", f"train.steps={STEPS}", "--set", "train.parity=false")["job"]
     lab.until("runs/small", past(5))
