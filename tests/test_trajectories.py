@@ -61,7 +61,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "ddp, compiled": dict(model=TIED, parallel=dict(dp_replicate=2), train=dict(compile="aot_eager")),
 }
 STEPS, SAVED = 8, 5
-LONG = ("fsdp · cp · tp", "pp · cp · tp")  # eight ranks on two cores
+LONG = ("ddp · fsdp · tp", "fsdp · cp · tp", "pp · cp · tp")  # eight ranks on two cores
 
 
 def recipe_of(kind: dict[str, Any]) -> Recipe:
