@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from playwright.sync_api import Browser, sync_playwright
-from results import GPU, complete_record, memory
+from results import GPU, complete_record, layout_of, memory
 
 from launch.page import write_page
 from parallel.measure.record import new_record, write_record
@@ -47,15 +47,6 @@ TALLEST = 1480
 UNTIL = {"main": "#history", "body": "#legend"}  # parts that go on below what is to be seen
 
 
-def layout(strategy: str, devices: int) -> dict[str, int]:
-    return {
-        "fsdp": {"dp_shard": devices},
-        "hsdp": {"dp_replicate": devices // 8, "dp_shard": 8},
-        "fsdp-tp": {"dp_shard": devices // 4, "tp": 4},
-        "pp-fsdp": {"pp": 4, "dp_shard": devices // 4},
-    }[strategy]
-
-
 def records() -> dict[str, dict[str, Any]]:
     """By the folder of each: cluster / week / devices / strategy."""
     chance, found = random.Random(11), {}
@@ -72,7 +63,7 @@ def records() -> dict[str, dict[str, Any]]:
 
 
 def _record(strategy: str, cluster: str, devices: int, week: int, mfu: float) -> dict[str, Any]:
-    parallel = layout(strategy, devices)
+    parallel = layout_of(strategy, devices, tp=4)
     train = {"seq_len": SEQ_LEN, "global_batch": 2 * devices, "micro_batch": 1, "dtype": "bfloat16"}
     tables = {"name": strategy, "model": {"preset": "llama3-8b"}, "data": {"source": "synthetic"}, "train": train}
     of_llama = new_record(recipe_from_tables(tables | {"parallel": parallel}))

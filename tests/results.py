@@ -95,11 +95,11 @@ MFU = {"fsdp": 0.40, "hsdp": 0.44, "fsdp-tp": 0.37, "pp-fsdp": 0.35}
 GPU = "NVIDIA H100 80GB HBM3"
 
 
-def _layout(strategy: str, devices: int) -> dict[str, int]:
+def layout_of(strategy: str, devices: int, *, tp: int = 2) -> dict[str, int]:
     return {
         "fsdp": {"dp_shard": devices},
         "hsdp": {"dp_replicate": devices // 8, "dp_shard": 8},
-        "fsdp-tp": {"dp_shard": devices // 2, "tp": 2},
+        "fsdp-tp": {"dp_shard": devices // tp, "tp": tp},
         "pp-fsdp": {"pp": 4, "dp_shard": devices // 4},
     }[strategy]
 
@@ -125,7 +125,7 @@ def months(
                     mfu = usual * (1 - 0.06 * i) * (n / 64) ** -0.1 * chance.gauss(1, noise)
                     if drop and drop[:3] == (cluster, n, strategy) and number >= drop[3]:
                         mfu *= 1 - drop[4]
-                    record = complete_record(strategy, 0.42 / mfu, sequences=n, **_layout(strategy, n))
+                    record = complete_record(strategy, 0.42 / mfu, sequences=n, **layout_of(strategy, n))
                     record["throughput"]["tokens_per_s"] *= n
                     record["throughput"]["tokens_per_s_per_rank"] *= n
                     record["environment"] |= {

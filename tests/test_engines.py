@@ -44,13 +44,17 @@ def of_engine(name: str, sections: Sections, dtype: str = "", **engine: Any) -> 
     return small_recipe(dtype, **sections | {"engine": dict(name=name, **engine)})
 
 
+def reference_of(recipe: Recipe) -> Any:
+    """On rank 0: loss and gradients of step 1 of one process in float64."""
+    if dist.get_rank() != 0:
+        return None
+    exact = small_recipe(model=recipe.resolved()["model"], train=dict(global_batch=recipe.train.global_batch))
+    return reference_gradients(exact, *batch_of(exact, range(recipe.train.global_batch)))
+
+
 def proof(recipe: Recipe) -> tuple[dict[str, float], dict[str, float]] | None:
     """On rank 0: the differences of step 1 from one process, as they are, and with one gradient doubled."""
-    mesh = build_mesh(recipe, "cpu")
-    reference = None
-    if dist.get_rank() == 0:
-        exact = small_recipe(model=recipe.resolved()["model"], train=dict(global_batch=recipe.train.global_batch))
-        reference = reference_gradients(exact, *batch_of(exact, range(recipe.train.global_batch)))
+    mesh, reference = build_mesh(recipe, "cpu"), reference_of(recipe)
     engine = engine_of(recipe, mesh=mesh, device=CPU)
     loss = engine.gradients(*batch_of(recipe, rows_of_replica(recipe, mesh))).item()
     first = engine.named_parameters()[0][0]
@@ -340,11 +344,7 @@ def by_deepspeed(sections: Sections, **train: Any) -> Recipe:
 
 def proven_trajectory(recipe: Recipe) -> tuple[dict[str, float] | None, list[float], list[float]]:
     """The differences of step 1 from one process, on rank 0; loss and gradient norm of 8 steps."""
-    mesh = build_mesh(recipe, "cpu")
-    reference = None
-    if dist.get_rank() == 0:
-        exact = small_recipe(model=recipe.resolved()["model"], train=dict(global_batch=recipe.train.global_batch))
-        reference = reference_gradients(exact, *batch_of(exact, range(recipe.train.global_batch)))
+    mesh, reference = build_mesh(recipe, "cpu"), reference_of(recipe)
     engine = engine_of(recipe, mesh=mesh, device=CPU)
     losses, norms, differences = [], [], None
     for step in range(8):

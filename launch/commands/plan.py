@@ -41,8 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise RecipeError("--write", str(arguments.write), "is there already; give a new file")
     cluster = load_cluster(arguments.cluster)
     recipe = load_recipe(arguments.recipe, arguments.set)
-    plan_again = functools.partial(_plan, recipe, cluster, arguments.ranks)
-    found = plan_again(1.0)
+    plan_again = functools.partial(plan, recipe, cluster, ranks=arguments.ranks)
+    found = plan_again()
     counted = None
     if not arguments.without_dry_run:
         found, counted = _dry_run_until_it_fits(found, plan_again)
@@ -60,14 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(recipe: Recipe, cluster: Cluster, ranks: int, filled: float) -> Plan:
-    return plan(recipe, cluster, ranks=ranks, filled=filled)
-
-
-def _dry_run_until_it_fits(found: Plan, plan_again: Callable[[float], Plan]) -> tuple[Plan, dict[str, int]]:
+def _dry_run_until_it_fits(found: Plan, plan_again: Callable[..., Plan]) -> tuple[Plan, dict[str, int]]:
     """A plan whose first layout fits by a dry run, and the memory of its fullest rank; the last one tried if none does.
 
-    plan_again: given the part of the room that the closed form may fill.
+    plan_again: with `filled` as the search takes it.
     """
     from parallel.dryrun import measure_each  # other commands live without torch
     from parallel.kinds import distinct_ranks
@@ -85,7 +81,7 @@ def _dry_run_until_it_fits(found: Plan, plan_again: Callable[[float], Plan]) -> 
         if memory["peak_bytes"] <= found.room_bytes or tries == DRY_RUNS - 1:
             break
         filled = min(filled, choice.peak_bytes / memory["peak_bytes"])
-        found = plan_again(filled)
+        found = plan_again(filled=filled)
     return found, memory
 
 

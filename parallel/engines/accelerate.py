@@ -6,8 +6,10 @@ Its scale of gradients: `backward` divides a loss by the number of microbatches,
 The loss here is a sum over tokens, so that both are undone in its scale; then a short last microbatch counts as it is.
 """
 
+import contextlib
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import accelerate
@@ -53,12 +55,7 @@ class AccelerateEngine:
         return over_microbatches(self.recipe, self.mesh, tokens, targets, averaged=averaged, one=one)
 
     def _microbatch(self, i: int, tokens: Tensor, targets: Tensor) -> Tensor:
-        with self._accelerator.accumulate(self._model):
-            with record_function("forward"):
-                loss: Tensor = self._model(tokens, targets)
-            with record_function("backward"):
-                self._accelerator.backward(loss)
-        return loss
+        return accumulated(self._accelerator, self._model, tokens, targets)
 
     def update(self) -> Tensor:
         largest = self.recipe.train.grad_clip or math.inf
@@ -78,15 +75,32 @@ class AccelerateEngine:
         return {}
 
 
-def _accelerator(recipe: Recipe, device: torch.device) -> Accelerator:
-    replicas, shards = recipe.parallel.dp_replicate, recipe.parallel.dp_shard
-    on_cpu = device.type == "cpu"
+def accumulated(accelerator: Accelerator, model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Forward and backward of a microbatch, and its loss."""
+    with accelerator.accumulate(model):
+        with record_function("forward"):
+            loss: Tensor = model(tokens, targets)
+        with record_function("backward"):
+            accelerator.backward(loss)
+    return loss
+
+
+@contextlib.contextmanager
+def anew(recipe: Recipe, **variables: object) -> Iterator[None]:
+    """Within, an Accelerator is made as if none had been, of this rank and the environment `variables`."""
     AcceleratorState._reset_state(reset_partial_state=True)  # else what the proof has set holds for training
     GradientState._reset_state()
-    with environment(RANK=dist.get_rank(), WORLD_SIZE=recipe.world_size, ACCELERATE_TORCH_DEVICE=device):
+    with environment(RANK=dist.get_rank(), WORLD_SIZE=recipe.world_size, **variables):
         os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
         os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else it changes that
+        yield
+
+
+def _accelerator(recipe: Recipe, device: torch.device) -> Accelerator:
+    replicas, shards = recipe.parallel.dp_replicate, recipe.parallel.dp_shard
+    on_cpu = device.type == "cpu"
+    with anew(recipe, ACCELERATE_TORCH_DEVICE=device):
         if shards == 1:
             # With views gradients are not kept twice, in buckets and beside them.
             ddp = DistributedDataParallelKwargs(bucket_cap_mb=recipe.ddp.bucket_mib, gradient_as_bucket_view=True)

@@ -165,7 +165,7 @@ def _at_most_one(flops: float, possible: float | None) -> float | None:
 
 def _rate_from(part: str, cluster: Cluster) -> str:
     device, links = cluster.device.origin, cluster.links.origin
-    if part in ("bubble",):
+    if part == "bubble":
         return "the schedule, and the parts above"
     if part == "launches":
         return f"software.profile {cluster.software.profile}: assumed; constants fitted"
