@@ -84,10 +84,9 @@ class Assembled:
 
     def zero_gradients(self) -> None:
         if self.buckets is not None:
-            self.buckets.zero()
-        else:
-            for _, parameter in self.named_parameters():
-                parameter.grad = None
+            self.buckets.drop()
+        for _, parameter in self.named_parameters():
+            parameter.grad = None
 
     def gradient_norm(self) -> Tensor:
         copies = {id(parameter) for parameter in tied_copies(self.stages)}

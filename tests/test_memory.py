@@ -210,11 +210,13 @@ PARAMETERS = 68 * 32 * 2 + 32 + 4 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48 + 2
 
 def test_one_process_and_ddp_hold_everything(ranks: Ranks) -> None:
     (single,), (ddp, _) = peaks(ranks), peaks(ranks, parallel=dict(dp_replicate=2))
-    for peak in (single, ddp):
+    (small, _) = peaks(ranks, parallel=dict(dp_replicate=2), ddp=dict(bucket_mib=0.001))
+    for peak in (single, ddp, small):
         assert peak["parameters_bytes"] == 4 * PARAMETERS
         assert peak["optimizer_bytes"] == 8 * PARAMETERS + 4 * TENSORS
-    assert single["gradients_bytes"] == 0  # the peak is where backward begins, and no gradient exists yet
-    assert ddp["gradients_bytes"] == 4 * PARAMETERS  # buckets are there all the time
+    for peak in (single, small):
+        assert peak["gradients_bytes"] == 0  # the peak is where backward begins, and no gradient exists yet
+    assert ddp["gradients_bytes"] == 4 * PARAMETERS  # a single bucket, from the first gradient on
     assert ddp["activations_bytes"] < 0.6 * single["activations_bytes"]
 
 

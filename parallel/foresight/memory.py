@@ -54,7 +54,7 @@ def _rank_bytes(w: Workload, *, first: Number, last: Number) -> Number:
     stays = sharded & (w.backward_gathers == 0)
     fetched = np.where(sharded, np.where(stays, e * local, e * (2 * block + last * matrix)), 0)
     gradients = np.where(sharded & piped, 4 * local, 4 * local / shards)
-    persist = (m > 1) | piped | (~sharded & (w.dp_replicate * w.dp_shard * w.cp > 1))
+    persist = (m > 1) | piped
     states = 12 * local / shards
     forward_ends = states + np.where(persist, gradients, 0) + kept + output + fetched
     again = w.recomputes * w.block_group * everything  # in backward, one group of blocks at a time
