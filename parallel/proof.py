@@ -3,6 +3,8 @@
 An engine that has no float64 gives its gradients in float32; the one process computes in float64 all the same.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from parallel.batches import corpus_of, rows_of_replica, token_batch
 from parallel.engines import engine_of
 from parallel.measure.parity import TOLERANCE, compare_with_reference, parity_recipe, reference_gradients
-from parallel.measure.record import Parity
+from parallel.measure.record import Parity, available_cores
 from parallel.process import say
 from parallel.recipe import Recipe
 
@@ -33,7 +35,9 @@ def prove(recipe: Recipe, *, mesh: DeviceMesh, device: torch.device) -> Parity:
     corpus = corpus_of(proof)
     reference = None
     if dist.get_rank() == 0:
-        reference = reference_gradients(proof, *token_batch(corpus, proof, 0, range(proof.train.global_batch), device))
+        with _all_cores():
+            batch = token_batch(corpus, proof, 0, range(proof.train.global_batch), device)
+            reference = reference_gradients(proof, *batch)
 
     def differences(as_: Recipe) -> dict[str, Any] | None:
         engine = engine_of(as_, mesh=mesh, device=device)
@@ -55,6 +59,17 @@ def prove(recipe: Recipe, *, mesh: DeviceMesh, device: torch.device) -> Parity:
             parity.trained_passed = found["max_rel_grad_diff"] <= TRAINED_TOLERANCE[dtype]
             say(f"parity in {dtype}: {_verdict(parity.trained_passed)}, {found['max_rel_grad_diff']:.1e}")
     return parity
+
+
+@contextlib.contextmanager
+def _all_cores() -> Iterator[None]:
+    """Within, this rank takes the cores of those that wait for it, too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(available_cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _verdict(passed: bool) -> str:

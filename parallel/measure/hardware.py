@@ -14,7 +14,7 @@ from parallel.measure.record import available_cores
 PRECISIONS = ("highest", "medium")  # of float32 products in torch; on a CPU "medium" lets oneDNN do them
 LONGEST_ATTENTION = 1024  # tokens; its products are large then
 LARGEST_ERROR = 1e-6  # relative, against float64
-CEILING_SECONDS = 0.3  # per measurement; long enough to catch a moment in which nothing else runs
+CEILING_SECONDS = 0.15  # per measurement; long enough to catch a moment in which nothing else runs
 CPU_SIZES = (256, 512, 1024)
 CUDA_SIZES = (4096, 8192)
 
