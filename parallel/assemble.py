@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from parallel.actions import Action
 from parallel.gradients import clip_gradients, gradient_norm
+from parallel.mesh import size_of
 from parallel.recipe import AttentionKernel, Recipe
 from parallel.strategies.accumulation import Accumulation
 from parallel.strategies.chunked_loss import chunked_linear_loss
@@ -60,7 +61,7 @@ class Assembled:
             self.buckets.finish()
         if self.recipe.parallel.pp > 1:
             sum_tied_gradients(self.stages, mesh=self.mesh["pp"])
-        if self.mesh["data"].size() > 1:
+        if size_of(self.mesh, "data") > 1:
             dist.all_reduce(loss, group=self.mesh.get_group("data"))
         return loss / self.averaged
 
@@ -111,7 +112,7 @@ def assemble(
     """
     parallel, train = recipe.parallel, recipe.train
     compute_dtype: torch.dtype = getattr(torch, train.dtype)
-    sharded, data_ranks = parallel.dp_shard > 1, mesh["data"].size()
+    sharded, data_ranks = parallel.dp_shard > 1, size_of(mesh, "data")
 
     model = _on_meta(recipe)
     stages = split_pipeline(model, recipe=recipe, pp_rank=mesh.get_local_rank("pp")) if parallel.pp > 1 else [model]

@@ -6,7 +6,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.collectives import gathered
 from parallel.corpus import Corpus, open_corpus
-from parallel.mesh import REPLICA_DIMS
+from parallel.mesh import REPLICA_DIMS, size_of
 from parallel.recipe import Recipe, RecipeError
 
 
@@ -29,7 +29,7 @@ def rows_of_replica(recipe: Recipe, mesh: DeviceMesh) -> range:
     """The rows of the global batch that this rank's replica trains on: ranks of one (pp, cp, tp) read the same."""
     replica = 0
     for dim in REPLICA_DIMS:
-        replica = replica * mesh[dim].size() + mesh.get_local_rank(dim)
+        replica = replica * size_of(mesh, dim) + mesh.get_local_rank(dim)
     return range(replica * recipe.replica_batch, (replica + 1) * recipe.replica_batch)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from parallel.mesh import WEIGHT_DIMS, local_part, split_dim
+from parallel.mesh import WEIGHT_DIMS, local_part, size_of, split_dim
 
 
 def local_gradient(parameter: nn.Parameter) -> Tensor:
@@ -23,7 +23,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> Tenso
     `parameters` are this rank's; a weight that two pipeline stages share must be in one stage's list only. mesh is
     that of `build_mesh`.
     """
-    tp, squares = mesh["tp"].size(), []
+    tp, squares = size_of(mesh, "tp"), []
     for parameter in parameters:
         # In the gradient's own type, which needs no copy of it; the few numbers that come of it are added in float64.
         square = torch.linalg.vector_norm(local_gradient(parameter)).double().square()
@@ -33,7 +33,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> Tenso
     total = torch.stack(squares).sum()
     for dim in WEIGHT_DIMS:
         # Without FSDP each cp rank holds whole weights.
-        if mesh[dim].size() > 1 and (dim != "dp_shard_cp" or mesh["dp_shard"].size() > 1):
+        if size_of(mesh, dim) > 1 and (dim != "dp_shard_cp" or size_of(mesh, "dp_shard") > 1):
             dist.all_reduce(total, group=mesh.get_group(dim))
     return total.sqrt()
 

@@ -4,6 +4,7 @@ A new dimension is a field there, in its place among the others, and what is sai
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,12 @@ def build_mesh(recipe: Recipe, device_type: str) -> DeviceMesh:
     for dim in (*MESH_DIMS, *JOINED):
         set_timeout(mesh.get_group(dim), seconds=recipe.train.time_limit_seconds)
     return mesh
+
+
+def size_of(mesh: DeviceMesh, dim: str) -> int:
+    """Ranks along `dim`, which may be one of JOINED: what mesh[dim].size() says, which makes a mesh to tell."""
+    names = mesh.mesh_dim_names or ()
+    return math.prod(mesh.size(names.index(member)) for member in JOINED.get(dim, (dim,)))
 
 
 def rank_at(recipe: Recipe, **place: int) -> int:

@@ -109,9 +109,9 @@ class Rotary(nn.Module):
     def reset_buffers(self) -> None:
         """Computes the tables in float64 and stores them in the buffers' own type."""
         frequencies = self.theta ** (-torch.arange(0, self.head_dim, 2, device="cpu").double() / self.head_dim)
-        angles = torch.outer(self.positions.double(), frequencies).repeat(1, 2)  # (T, E)
-        self.cos = angles.cos().to(self.cos)
-        self.sin = angles.sin().to(self.sin)
+        angles = torch.outer(self.positions.double(), frequencies)  # (T, E/2)
+        self.cos = angles.cos().repeat(1, 2).to(self.cos)
+        self.sin = torch.cat((-angles.sin(), angles.sin()), dim=-1).to(self.sin)
 
     def keep(self, parts: Sequence[slice]) -> None:
         """Keeps these parts of the positions and of the tables, in this order."""
@@ -121,9 +121,8 @@ class Rotary(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.cos.dtype)  # rotate in float32 at least, whatever the computation's type  # (B, T, H, E)
-        first, second = x.chunk(2, dim=-1)
-        rotated = torch.cat((-second, first), dim=-1)
-        return x * self.cos[: x.shape[1], None] + rotated * self.sin[: x.shape[1], None]
+        cos, sin = (table[: x.shape[1], None] for table in (self.cos, self.sin))
+        return torch.addcmul(x * cos, x.roll(self.head_dim // 2, dims=-1), sin)  # each element with its partner
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -68,7 +68,8 @@ def test_transformers_gives_the_logits_of_the_lab(ranks: Ranks, tmp_path: Path, 
     assert (their_logits(theirs, tokens) - ours).abs().max() < 1e-6
     rotary = Transformer(recipe.model, seq_len=tokens.shape[1]).double().rotary
     rotary.reset_buffers()
-    theirs.model.rotary_emb.forward = lambda x, position_ids: (rotary.cos[None], rotary.sin[None])
+    sin = rotary.sin.chunk(2, dim=-1)[1].repeat(1, 2)  # theirs turns the sign of half of what it multiplies
+    theirs.model.rotary_emb.forward = lambda x, position_ids: (rotary.cos[None], sin[None])
     for module in theirs.modules():
         if isinstance(module, LlamaRMSNorm):
             module.forward = partial(exact_norm, module)

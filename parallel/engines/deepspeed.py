@@ -29,7 +29,7 @@ from torch.profiler import record_function
 from parallel.assemble import plain_model
 from parallel.engines.engine import adamw, averaged_times, over_microbatches, scale_of_averages
 from parallel.measure.observer import Observer
-from parallel.mesh import as_dtensor, local_part
+from parallel.mesh import as_dtensor, local_part, size_of
 from parallel.recipe import Recipe, RecipeError
 from parallel.strategies.recompute import recomputed
 from parallel.transformer import causal_attention
@@ -142,7 +142,7 @@ class DeepSpeedEngine:
         for name, _ in self._named:
             for gradient in self.gradient(name):
                 of_part = torch.linalg.vector_norm(local_part(gradient)).double().square()
-                square += of_part if isinstance(gradient, DTensor) else of_part / self.mesh["tp"].size()
+                square += of_part if isinstance(gradient, DTensor) else of_part / size_of(self.mesh, "tp")
         dist.all_reduce(square, group=self.mesh.get_group("tp"))
         return square.sqrt()
 
