@@ -24,7 +24,7 @@ test: setup  ## linters, types, and every test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@mkdir -p runs
-	$(BIN)/python -m pytest --junit-xml=runs/tests.xml
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --junit-xml=runs/tests.xml
 	@echo "report: $(CURDIR)/runs/tests.xml"
 
 test-long: setup  ## what `make test` leaves out: further cases of what it has tested
