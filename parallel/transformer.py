@@ -75,7 +75,30 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight).to(self.compute_dtype)  # (B, T, D)
+        return lookup(tokens, self.weight).to(self.compute_dtype)  # (B, T, D)
+
+
+def lookup(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Rows of `weight` (V, D) for tokens (B, T).  -> (B, T, D)"""
+    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
+        return _Lookup.apply(tokens, weight)
+    return F.embedding(tokens, weight)
+
+
+class _Lookup(torch.autograd.Function):
+    """F.embedding that adds the gradients of a row in float32, as CUDA does: in bfloat16 many lose digits."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.n_rows, ctx.dtype = len(weight), weight.dtype
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        (tokens,) = ctx.saved_tensors
+        rows = torch.ops.aten.embedding_dense_backward(grad.float(), tokens, ctx.n_rows, -1, False)
+        return None, rows.to(ctx.dtype)
 
 
 class RMSNorm(nn.Module):

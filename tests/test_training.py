@@ -25,7 +25,7 @@ from parallel.mesh import build_mesh, local_part
 from parallel.process import choose_device
 from parallel.recipe import Recipe, RecipeError, recipe_from_tables
 from parallel.training import train_in_group
-from parallel.transformer import Transformer, initial_weight
+from parallel.transformer import Transformer, initial_weight, lookup
 
 LAYOUTS = {
     "ddp": dict(parallel=dict(dp_replicate=2)),
@@ -144,6 +144,15 @@ def test_bfloat16_is_near_with_the_loss_in_chunks_and_compiled_blocks(ranks: Ran
         train = dict(micro_batch=1, loss_chunks=3, compile="aot_eager")
         differences = ranks(2, bfloat16_differences, small_recipe("bfloat16", parallel=layout, train=train))[0]
         assert 1e-4 < differences["max_rel_grad_diff"] < 3e-2
+
+
+def test_gradients_of_a_frequent_token_are_added_exactly_in_bfloat16() -> None:
+    """FSDP hands the embedding bfloat16 weights; the same token 500 times over, each with a small gradient."""
+    weight = torch.ones(3, 4, dtype=torch.bfloat16, requires_grad=True)
+    tokens = torch.full((1, 500), 2)
+    lookup(tokens, weight).backward(torch.full((1, 500, 4), 0.5, dtype=torch.bfloat16))
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.tensor([[0.0], [0.0], [250.0]], dtype=torch.bfloat16).expand(3, 4))
 
 
 class Casts(TorchDispatchMode):

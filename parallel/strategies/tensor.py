@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from parallel.collectives import all_gather, all_reduce, reduce_scatter
 from parallel.mesh import as_dtensor, local_part, part_of
 from parallel.recipe import Recipe
-from parallel.transformer import Block, Embedding, Linear, RMSNorm, Transformer, cross_entropy
+from parallel.transformer import Block, Embedding, Linear, RMSNorm, Transformer, cross_entropy, lookup
 
 SEQUENCE = 1  # the dim of x (B, T, D) that sequence parallelism splits
 # What forward does, and what its backward does; None: nothing.
@@ -104,7 +104,7 @@ class VocabParallelEmbedding(Embedding):
         assert isinstance(self.weight, DTensor)
         local = tokens - rows_of_rank(self.weight.shape[0], self.weight.device_mesh).start
         elsewhere = (local < 0) | (local >= rows.shape[0])
-        x = F.embedding(local.masked_fill(elsewhere, 0), rows).to(self.compute_dtype)
+        x = lookup(local.masked_fill(elsewhere, 0), rows).to(self.compute_dtype)
         return x.masked_fill(elsewhere.unsqueeze(-1), 0.0)  # (B, T, D), a partial sum
 
 
