@@ -81,7 +81,9 @@ function leanest(set, where = "") {
   if (known.length < 2) return [];
   const [least_, most_] = [known[0], known.at(-1)];
   const unit = byteUnit([peakOf(least_)]);
-  return [[`${where}${least_.name} needs the least memory: ${inUnit(peakOf(least_), unit)} on its fullest rank; ${most_.name} the most, ${axisFormat.format(peakOf(most_) / peakOf(least_))} times that.`, least_]];
+  const [peak, times] = [inUnit(peakOf(least_), unit), axisFormat.format(peakOf(most_) / peakOf(least_))];
+  if (times === "1") return [[`${where ? `${where}all` : "All"} need the same memory to within half a percent: ${peak} on the fullest rank.`, least_]];
+  return [[`${where}${least_.name} needs the least memory: ${peak} on its fullest rank; ${most_.name} the most, ${times} times that.`, least_]];
 }
 
 /** What these runs cannot tell, in sentences. */
