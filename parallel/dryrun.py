@@ -8,7 +8,7 @@ FLOPs are counted by the trackers of a measured run.
 import concurrent.futures
 import dataclasses
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from parallel.measure.accelerators import Peak
 from parallel.measure.counters import Counters, Measures, fill_in
 from parallel.measure.observer import Step
 from parallel.measure.record import Record
+from parallel.measure.taping import Taping
 from parallel.mesh import build_mesh
 from parallel.recipe import Recipe, RecipeError
 from parallel.torch_private import fake_group
@@ -42,10 +43,11 @@ def dry_run(recipe: Recipe, *, ranks: Sequence[int], say: Callable[[str], None] 
 
     `say` gets a line as each of several ranks is done. Raises RecipeError for a rank that the recipe does not have.
     """
-    for rank in ranks:
-        if not 0 <= rank < recipe.world_size:
-            raise RecipeError("--rank", rank, f"the recipe has ranks 0 to {recipe.world_size - 1}")
-    counted = dict(measure_each(recipe, ranks, say))
+    return record_of(recipe, dict(measure_each(recipe, ranks, say)))
+
+
+def record_of(recipe: Recipe, counted: Mapping[int, Measures]) -> dict[str, Any]:
+    """The same from what `measure_each` gave, by rank."""
     record = Record.of(recipe, kind="dry-run")
     record.environment.device, record.environment.backend = "fake cpu", "fake"
     note = MEMORY_NOTE + (EAGER_NOTE if recipe.train.compile != "none" else "")
@@ -56,19 +58,25 @@ def dry_run(recipe: Recipe, *, ranks: Sequence[int], say: Callable[[str], None] 
     return record.as_json()
 
 
-def measure_each(recipe: Recipe, ranks: Sequence[int], say: Callable[[str], None]) -> Iterator[tuple[int, Measures]]:
+def measure_each(
+    recipe: Recipe, ranks: Sequence[int], say: Callable[[str], None], *, taped: bool = False
+) -> Iterator[tuple[int, Measures]]:
     """Each rank's, in order. In processes of their own where there are several, as many at once as there are cores.
 
-    Raises RecipeError for an engine that cannot do without real tensors and ranks.
+    taped: see dry_run_rank. Raises RecipeError for a rank that the recipe does not have, and for an engine that cannot
+    do without real tensors and ranks.
     """
+    for rank in ranks:
+        if not 0 <= rank < recipe.world_size:
+            raise RecipeError("--rank", rank, f"the recipe has ranks 0 to {recipe.world_size - 1}")
     if recipe.engine.name != "native":
         raise RecipeError("engine.name", recipe.engine.name, "cannot be dry-run; only native can: set it to that")
     if len(ranks) == 1:
-        yield ranks[0], dry_run_rank(recipe, rank=ranks[0])
+        yield ranks[0], dry_run_rank(recipe, rank=ranks[0], taped=taped)
         return
     pool = concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"))
     try:
-        futures = [pool.submit(dry_run_rank, recipe, rank=rank) for rank in ranks]
+        futures = [pool.submit(dry_run_rank, recipe, rank=rank, taped=taped) for rank in ranks]
         for n_done, (rank, future) in enumerate(zip(ranks, futures, strict=True), start=1):
             measures = future.result()
             say(f"rank {rank}  ({n_done}/{len(ranks)})")
@@ -80,8 +88,8 @@ def measure_each(recipe: Recipe, ranks: Sequence[int], say: Callable[[str], None
 # ---- one rank ------------------------------------------------------------------------------------------------------
 
 
-def dry_run_rank(recipe: Recipe, *, rank: int) -> Measures:
-    """What `rank` of the recipe does in its second step."""
+def dry_run_rank(recipe: Recipe, *, rank: int, taped: bool = False) -> Measures:
+    """What `rank` of the recipe does in its second step. taped: with its tape, by which it can be priced."""
     # Fake tensors cannot be compiled: the eager model stands for the compiled one. A CPU has no cuDNN: flash keeps what
     # it keeps.
     attention = "flash" if recipe.train.attention == "cudnn" else recipe.train.attention
@@ -105,8 +113,11 @@ def dry_run_rank(recipe: Recipe, *, rank: int) -> Measures:
         parameters = [parameter for _, parameter in engine.named_parameters()]
         counters = Counters(recipe, parameters, engine.optimizer, mesh=engine.mesh, device=CPU, nth=COUNTED_STEP)
         engine.observers.append(counters)
+        taping = Taping(engine.mesh, nth=COUNTED_STEP)
+        if taped:
+            engine.observers.append(taping)
         with fake:
             for number in range(1, COUNTED_STEP + 1):
                 run_step(engine, Step(number), batch)
         assert counters.measures is not None
-        return counters.measures
+        return counters.measures._replace(tape=tuple(taping.tape))

@@ -5,7 +5,7 @@ from typing import Any
 
 from parallel.mesh import part_of, rank_at
 from parallel.recipe import Recipe, RecipeError, recipe_from_tables
-from parallel.strategies.pipeline import stages_of_rank
+from parallel.strategies.pipeline import stage_layers, stages_of_rank
 
 
 def scaled(recipe: Recipe, world_size: int) -> Recipe:
@@ -23,6 +23,17 @@ def scaled(recipe: Recipe, world_size: int) -> Recipe:
     tables["parallel"][dim] = after
     tables["train"]["global_batch"] = recipe.train.global_batch // before * after
     return recipe_from_tables(tables)
+
+
+def alike_in_pipeline(recipe: Recipe) -> list[int]:
+    """Of each rank of the pipeline, the first like it: with stages of as many layers, and of the same ends."""
+    layers = stage_layers(n_layers=recipe.model.n_layers, n_stages=recipe.n_stages)
+    first: dict[tuple[Any, ...], int] = {}
+    alike = []
+    for pp in range(recipe.parallel.pp):
+        kind = tuple((len(layers[i]), i == 0, i == recipe.n_stages - 1) for i in stages_of_rank(recipe, pp))
+        alike.append(first.setdefault(kind, pp))
+    return alike
 
 
 def distinct_ranks(recipe: Recipe) -> dict[int, int]:

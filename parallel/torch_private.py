@@ -51,6 +51,28 @@ def wrapped_storages(*, resize: Wrapper, propagate: Wrapper) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def told_of_streams(*, mark: Callable[[Any], Any], wait: Callable[[Any, Any], None]) -> Iterator[None]:
+    """Within, the streams and events of torch.cpu, which do nothing, tell what they would do on a device.
+
+    mark: of a stream, gives what shall stand for the end of all that is on it by now. wait: of a stream, and of that.
+    """
+
+    def record(event: Any, stream: Any = None) -> None:
+        event.mark = mark(stream or torch.cpu.current_stream())
+
+    def wait_event(stream: Any, event: Any) -> None:
+        wait(stream, getattr(event, "mark", event))
+
+    with (
+        _wrapped(torch.cpu.Stream, "record_event", lambda _: lambda stream: mark(stream)),
+        _wrapped(torch.cpu.Stream, "wait_event", lambda _: wait_event),
+        _wrapped(torch.cpu.Stream, "wait_stream", lambda _: lambda stream, other: wait(stream, mark(other))),
+        _wrapped(torch.cpu.Event, "record", lambda _: record),
+    ):
+        yield
+
+
 def n_compiled_graphs() -> int:
     """Graphs that torch.compile has made in this process."""
     dynamo = sys.modules.get("torch._dynamo.utils")  # takes half a second to import
@@ -135,6 +157,27 @@ def _static_stages() -> contextlib.AbstractContextManager[Any]:
             stage._inference_mode = InferenceMode.STATIC
 
     return mock.patch.object(schedules._PipelineSchedule, "_warmup_p2p", elect, create=True)  # torch 2.11 has no vote
+
+
+def several_stages_orders(
+    schedule: Any, pp: int, n_microbatches: int, stages_per_rank: int
+) -> list[list[tuple[str, int, int]]]:
+    """Of each rank what a schedule of several stages a rank does: (name, stage, microbatch)."""
+    from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
+
+    names = {"FORWARD": "forward", "FULL_BACKWARD": "backward"}
+
+    def each(action: Any) -> list[tuple[str, int, int]]:
+        if action is None:
+            return []
+        if action.sub_actions:  # of which two go on at once, as dualpipev's
+            return [single for part in action.sub_actions for single in each(part)]
+        return [
+            (names.get(kind := action.computation_type.name, kind.lower()), action.stage_index, action.microbatch_index)
+        ]
+
+    orders = get_schedule_ops(schedule, pp, n_microbatches, stages_per_rank)
+    return [[single for action in order for single in each(action)] for order in orders]
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from launch.table import short_layout
 from launch.terminal import CommandError, add_settings, progress
 from parallel.foresight.clusters import load_cluster
 from parallel.foresight.prediction import Prediction, predict
+from parallel.foresight.replay import Walk
 from parallel.measure.record import CATEGORIES, read_record, record_json, write_record
 from parallel.recipe import RecipeError, load_recipe, read_toml
 
@@ -37,15 +38,27 @@ def run(arguments: argparse.Namespace) -> int:
         refuse_other_folder(path.parent, RUN_FILES)
         if path.exists() and read_record(path)["kind"] != "dry-run":
             raise RecipeError("--out", str(arguments.out), f"{path} is of a measured run; give another folder")
-    from parallel.dryrun import dry_run  # other commands live without torch
-    from parallel.kinds import distinct_ranks, scaled
+    from parallel.dryrun import measure_each, record_of  # other commands live without torch
+    from parallel.kinds import alike_in_pipeline, distinct_ranks, scaled
+    from parallel.mesh import rank_at
+    from parallel.strategies.pipeline import schedule_orders
 
     if arguments.world_size is not None:
         recipe = scaled(recipe, arguments.world_size)
-    prediction = None if arguments.cluster is None else predict(recipe, load_cluster(arguments.cluster))
+    cluster = None if arguments.cluster is None else load_cluster(arguments.cluster)
     ranks = list(distinct_ranks(recipe)) if arguments.all_distinct_ranks else [arguments.rank]
-    record = dry_run(recipe, ranks=ranks, say=lambda line: print(f"  {line}", file=sys.stderr, flush=True))
-    if prediction is not None:
+    priced: dict[int, int] = {}  # rank of the pipeline -> rank
+    if cluster is not None:
+        cluster.rates(recipe.train.dtype)  # is refused now, if it is
+        priced = {place: rank_at(recipe, pp=place) for place in alike_in_pipeline(recipe)}
+    walked = [*ranks, *(rank for rank in priced.values() if rank not in ranks)]
+    counted = dict(measure_each(recipe, walked, _say, taped=bool(priced)))
+    record = record_of(recipe, {rank: counted[rank] for rank in ranks})
+    prediction = None
+    if cluster is not None:
+        orders = schedule_orders(recipe) if recipe.parallel.pp > 1 else ()
+        tapes = {place: counted[rank].tape for place, rank in priced.items()}
+        prediction = predict(recipe, cluster, Walk(tapes, alike_in_pipeline(recipe), orders))
         prediction.fill_in(record)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +69,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _say(line: str) -> None:
+    print(f"  {line}", file=sys.stderr, flush=True)
+
+
 def _foretold(prediction: Prediction | None) -> list[str]:
     if prediction is None:
         return []
@@ -64,7 +81,7 @@ def _foretold(prediction: Prediction | None) -> list[str]:
     rates = ", ".join([f"{it.tokens_per_s:,.0f} tokens/s", *known])
     return [
         "",
-        f"foretold for {it.cluster}, by a closed form: {it.step_seconds:.4g} s a step"
+        f"foretold for {it.cluster}, by {it.method}: {it.step_seconds:.4g} s a step"
         f" ({it.low_seconds:.3g} to {it.high_seconds:.3g} in 90 of 100), {rates}",
         *(
             f"{term.name.replace('_', ' '):<20}{term.seconds:>12.4g} s   {term.rate_from}"
@@ -72,6 +89,7 @@ def _foretold(prediction: Prediction | None) -> list[str]:
             if term.seconds
         ),
         it.bottleneck,
+        f"closed form: {it.closed_form_seconds:.4g} s",
     ]
 
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from parallel.foresight.clusters import Cluster
 from parallel.foresight.constants import spreads_of, values_of
-from parallel.foresight.price import COMMUNICATION, COMPUTE, price
+from parallel.foresight.price import COMMUNICATION, COMPUTE, Links, hop_seconds, price
+from parallel.foresight.replay import Walk
 from parallel.foresight.uncertainty import NINETY, corrected, covariance, sensitivities
 from parallel.foresight.workload import Number, Workload, of_recipe
 from parallel.measure.model_flops import model_flops_per_token
@@ -51,7 +52,9 @@ class Term:
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
     cluster: str
+    method: str  # in words
     step_seconds: float
+    closed_form_seconds: float  # of the same step
     low_seconds: float  # of the interval that should hold 90 % of such runs
     high_seconds: float
     terms: tuple[Term, ...]
@@ -83,7 +86,8 @@ class Prediction:
         }
         record["prediction"] = {
             "cluster": self.cluster,
-            "method": "closed form",
+            "method": self.method,
+            "closed_form_seconds": self.closed_form_seconds,
             "low_seconds": self.low_seconds,
             "high_seconds": self.high_seconds,
             "confidence": 0.9,
@@ -92,10 +96,18 @@ class Prediction:
         }
 
 
-def predict(recipe: Recipe, cluster: Cluster) -> Prediction:
-    """Raises RecipeError where the cluster has no rate for the recipe's type."""
+def predict(recipe: Recipe, cluster: Cluster, walk: Walk | None = None) -> Prediction:
+    """By what a dry run has walked through, where it has; else by the closed form, which is enough for a search.
+
+    Raises RecipeError where the cluster has no rate for the recipe's type.
+    """
     work = of_recipe(recipe)
-    parts = {name: float(seconds) for name, seconds in parts_of(work, cluster, recipe.train.dtype).items()}
+    closed = {name: float(seconds) for name, seconds in parts_of(work, cluster, recipe.train.dtype).items()}
+    parts, method = closed, "closed form"
+    if walk is not None and recipe.train.compile == "none":
+        parts, method = walked_parts(walk, work, cluster, recipe.train.dtype), "operators of a dry run"
+    elif walk is not None:
+        method = "closed form: what torch.compile fuses is not what a dry run walks through"
     seconds = sum(parts.values())
     sensitive = sensitivity(work, cluster, recipe.train.dtype)
     deviation = float(corrected(covariance(sensitive, [{}]), {})[1][0])
@@ -107,7 +119,9 @@ def predict(recipe: Recipe, cluster: Cluster) -> Prediction:
     what, remedy = WORDS[worst]
     return Prediction(
         cluster=cluster.name,
+        method=method,
         step_seconds=seconds,
+        closed_form_seconds=sum(closed.values()),
         low_seconds=seconds * math.exp(-NINETY * deviation),
         high_seconds=seconds * math.exp(NINETY * deviation),
         terms=tuple(Term(name=k, seconds=v, rate_from=_rate_from(k, cluster)) for k, v in parts.items()),
@@ -127,6 +141,18 @@ def parts_of(
     """Seconds by part. factors: by which constants are multiplied."""
     values = values_of(cluster.device.generation)
     parts = price(work, cluster.rates(dtype), {k: v * (factors or {}).get(k, 1.0) for k, v in values.items()})
+    return _on_shared_cores(parts, work, cluster)
+
+
+def walked_parts(walk: Walk, work: Workload, cluster: Cluster, dtype: str) -> dict[str, float]:
+    """Seconds by part, operator by operator."""
+    rates, constants = cluster.rates(dtype), values_of(cluster.device.generation)
+    hop = float(hop_seconds(work, rates, Links(rates, constants)))
+    parts = _on_shared_cores(walk.seconds(rates, constants, hop=hop), work, cluster)
+    return {name: float(seconds) for name, seconds in parts.items()}
+
+
+def _on_shared_cores(parts: dict[str, Number], work: Workload, cluster: Cluster) -> dict[str, Number]:
     if cluster.accelerator != "cpu":
         return parts
     # Ranks of a CPU share its cores: when one idles, another goes on.

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from parallel.foresight.operators import own_bytes, own_operators, tables_of
 from parallel.foresight.workload import Number, Workload
 
 PARTS = (
@@ -21,6 +22,7 @@ PARTS = (
 COMPUTE, COMMUNICATION = PARTS[:5], PARTS[5:9]
 TILE = 128 * 128  # elements of a product that one multiprocessor makes at a time
 LINK_HOP_SECONDS, NETWORK_HOP_SECONDS = 2e-6, 4e-6  # of a ring, NCCL's own table (src/graph/tuning.cc, LL128)
+RING_HIDDEN = 0.95  # of a ring's messages, while attention computes
 FIXED_SECONDS = 1e-3  # of a step: reading a batch, the norm, the host
 
 
@@ -51,19 +53,25 @@ Constants = Mapping[str, Number]  # by name: constants.toml says what each is
 
 def price(w: Workload, r: Rates, k: Constants) -> dict[str, Number]:
     """Seconds of each of PARTS in a step; they add up to the step."""
-    block = _block(w, r, k)
-    head = _output_and_loss(w, r, k)
-    link = _Links(w, r, k)
-    reduced, context = _tensor_message(w, r, k, link), _context_messages(w, block, link)
-    tensor = (4 + 2 * w.again_products) * reduced  # two in forward, two in backward, two where forward is done again
+    link = Links(r, k)
+    messages = _block_messages(w, r, k, link)
+    block, head, own = _block(w, r, k, messages), _output_and_loss(w, r, k), own_operators(w)
+    host = w.own * r.launch_seconds * k["launch"]  # of each operator; with another program all are those of blocks
+    # The host that is ahead when the output is computed is so in backward, too.
+    layers = w.n_layers / w.pp
+    backward = layers * (block.backward - block.backward_waits + messages.tensor_backward + messages.context_backward)
+    after_head = _waits(head + backward, host * (own.ends + layers * own.backward))
+    head_waits = np.where(w.own == 1, after_head - layers * block.backward_waits, 0)
 
     # A microbatch through the busiest rank; and through the others, for which that waits once.
-    layer = block.forward + block.backward + tensor + context
-    layers, has_head = layers_of_busiest(w, head_in_layers=head / layer)
-    busy = layers * layer + has_head * head
-    others = np.maximum(w.n_layers * layer + head - busy, 0)
-    weights = (w.block_parameters * layers + w.vocab_size * w.d_model * has_head) / w.tp
-    local = weights / np.where(w.shards_state == 1, _shards(w), 1)
+    layer = block.forward + block.backward + sum(messages)
+    layers, has_head = layers_of_busiest(w, head_in_layers=(head + head_waits) / layer)
+    busy = layers * layer + has_head * (head + head_waits)
+    others = np.maximum(w.n_layers * layer + head + head_waits - busy, 0)
+    tables = has_head * np.where(w.own == 1, tables_of(w), 1)
+    weights = (w.block_parameters * layers + w.vocab_size * w.d_model * tables) / w.tp
+    # Bytes of AdamW and clipping, in float32.
+    optimizer = 50 * weights / np.where(w.shards_state == 1, _shards(w), 1) / memory_rate(r)
 
     m = w.n_microbatches
     return {
@@ -71,17 +79,27 @@ def price(w: Workload, r: Rates, k: Constants) -> dict[str, Number]:
         "attention": m * layers * block.attention,
         "other_operators": m * layers * block.operators,
         "output_and_loss": m * has_head * head,
-        "launches": m * layers * block.waits,
-        "tensor_messages": m * (layers * tensor + has_head * 2 * reduced),
-        "context_messages": m * layers * context,
+        "launches": m * (layers * block.waits + has_head * head_waits) + _waits(optimizer, host * own.step),
+        "tensor_messages": m
+        * (layers * (messages.tensor_forward + messages.tensor_backward) + has_head * messages.tensor_forward),
+        "context_messages": m * layers * (messages.context_forward + messages.context_backward),
         "data_messages": _data_messages(w, r, k, link, weights=weights, layers=layers, block=block),
         "pipeline_messages": _pipeline_messages(w, r, link),
         "bubble": others * w.bubble,
-        "optimizer": 50 * local / _memory(r) + FIXED_SECONDS,  # bytes of AdamW and clipping, in float32
+        "optimizer": optimizer + FIXED_SECONDS,
     }
 
 
 # ---- computation ---------------------------------------------------------------------------------------------------
+
+
+class _Messages(NamedTuple):
+    """Seconds of one microbatch in one block that its messages add to it."""
+
+    tensor_forward: Number
+    tensor_backward: Number
+    context_forward: Number
+    context_backward: Number
 
 
 class _Block(NamedTuple):
@@ -91,14 +109,13 @@ class _Block(NamedTuple):
     attention: Number
     operators: Number
     waits: Number  # for the host
+    backward_waits: Number
     forward: Number  # all four of forward
     backward: Number
-    attention_forward: Number
-    attention_backward: Number
 
 
-def _block(w: Workload, r: Rates, k: Constants) -> _Block:
-    tokens, memory = _tokens(w), _memory(r)
+def _block(w: Workload, r: Rates, k: Constants, messages: _Messages) -> _Block:
+    tokens, memory = _tokens(w), memory_rate(r)
     qkv, ff = (w.n_heads + 2 * w.n_kv_heads) * w.head_dim / w.tp, w.d_ff / w.tp
     shapes = (
         (qkv, w.d_model),
@@ -108,83 +125,118 @@ def _block(w: Workload, r: Rates, k: Constants) -> _Block:
     )
     casts = w.fp8 * 3 * tokens * (w.d_model * 3 + qkv + 2 * ff) / memory  # to 8 bits, as is and transposed
     products = (
-        casts + sum(_product(w, r, k, tokens, n, inner) for n, inner in shapes),
+        casts + sum(_forward(w, r, k, tokens, n, inner) for n, inner in shapes),
         casts + sum(_gradients(w, r, k, tokens, n, inner) for n, inner in shapes),
     )
     attention = _attention(w, r, k)
 
     # Between products: norms, residuals, rotary positions, the gate; by bytes through memory.
     gated, resident = w.n_mlp_matrices - 2, tokens / np.where(w.sequence_parallel == 1, w.tp, 1) * w.d_model
-    fused = np.where(w.compiled == 1, np.minimum(r.operator_share, 1.0), r.operator_share * k["operators"])
-    share = fused * w.element_bytes / 2 / memory
-    operators = (
-        share * (22 * resident + tokens * ((4 + 4 * gated) * ff + 6 * qkv)),
-        share * (38 * resident + tokens * ((6 + 8 * gated) * ff + 8 * qkv)),
+    share, own, half = (
+        operator_share(r, k, compiled=w.compiled) / memory,
+        own_bytes(w, tokens=tokens),
+        w.element_bytes / 2,
     )
+    forward = half * (22 * resident + tokens * ((4 + 4 * gated) * ff + 6 * qkv))
+    backward = half * (38 * resident + tokens * ((6 + 8 * gated) * ff + 8 * qkv))
+    operators = [
+        share * np.where(w.own == 1, mine, theirs)
+        for mine, theirs in ((own.forward, forward), (own.backward, backward), (own.again, forward))
+    ]
 
-    again = (w.again_products * products[0], w.again_attention * attention[0], w.again_rest * operators[0])
+    again = (w.again_products * products[0], w.again_attention * attention[0], w.again_rest * operators[2])
     forward = products[0] + attention[0] + operators[0]
     backward = products[1] + attention[1] + operators[1] + sum(again)
 
-    # A block takes as long as its device or its host needs, and a little more where both need about the same.
     launches = np.where(w.compiled == 1, np.minimum(r.launches, 14), r.launches) + 8 * (1 - w.flash)
     launches = launches + 12 * (w.tp > 1) + 8 * (w.cp - 1) * (1 - w.all_to_all)  # a ring's kernels, piece by piece
-    host = launches * r.launch_seconds * k["launch"]
-    host_backward = host * (1.6 + np.maximum(w.again_rest, w.again_products))
-    waits = (forward**4 + host**4) ** 0.25 - forward, (backward**4 + host_backward**4) ** 0.25 - backward
+    back = launches * (1.6 + np.maximum(w.again_rest, w.again_products))
+    host, counted = r.launch_seconds * k["launch"], own_operators(w)
+    # While a message travels the host goes on; published runs of other programs do not show it.
+    beside = messages.tensor_forward + messages.context_forward, messages.tensor_backward + messages.context_backward
+    waits = (
+        _waits(forward + w.own * beside[0], host * np.where(w.own == 1, counted.forward, launches)),
+        _waits(backward + w.own * beside[1], host * np.where(w.own == 1, counted.backward, back)),
+    )
     return _Block(
         products=products[0] + products[1] + again[0],
         attention=attention[0] + attention[1] + again[1],
         operators=operators[0] + operators[1] + again[2],
         waits=waits[0] + waits[1],
+        backward_waits=waits[1],
         forward=forward + waits[0],
         backward=backward + waits[1],
-        attention_forward=attention[0],
-        attention_backward=attention[1],
     )
 
 
-def _product(w: Workload, r: Rates, k: Constants, m: Number, n: Number, inner: Number) -> Number:
-    """(m, inner) x (inner, n): by FLOPs, or by bytes through memory.
+def _waits(device: Number, host: Number) -> Number:
+    """By how much longer: as long as device or host needs, and a little more where both need about the same."""
+    return (device**4 + host**4) ** 0.25 - device
+
+
+def operator_share(r: Rates, k: Constants, *, compiled: Number) -> Number:
+    """Bytes between products that pass through memory, of those that operators read and write."""
+    return np.where(compiled == 1, np.minimum(r.operator_share, 1.0), r.operator_share * k["operators"])
+
+
+def product(
+    r: Rates, k: Constants, m: Number, n: Number, inner: Number, *, element_bytes: Number, matrices: Number = 1
+) -> Number:
+    """(m, inner) x (inner, n), and so many at once: by FLOPs, or by bytes through memory.
 
     The last wave of tiles is not full, and small products have little else (arXiv:2401.14489 measures it).
     """
-    by_flops = (
-        2 * m * n * inner / (r.matmul_flops * k["products"]) * (1 + np.sqrt(r.wave_elements * k["wave"] / (m * n)))
-    )
-    return np.maximum(by_flops, w.element_bytes * (m * n + m * inner + n * inner) / _memory(r))
+    fill = 1 + np.sqrt(r.wave_elements * k["wave"] / (matrices * m * n))
+    by_flops = 2 * matrices * m * n * inner / (r.matmul_flops * k["products"]) * fill
+    return np.maximum(by_flops, matrices * element_bytes * (m * n + m * inner + n * inner) / memory_rate(r))
+
+
+def _forward(w: Workload, r: Rates, k: Constants, m: Number, n: Number, inner: Number) -> Number:
+    return product(r, k, m, n, inner, element_bytes=w.element_bytes)
 
 
 def _gradients(w: Workload, r: Rates, k: Constants, m: Number, n: Number, inner: Number) -> Number:
     """Of the input and of the weight of that product."""
-    return _product(w, r, k, m, inner, n) + _product(w, r, k, n, inner, m)
+    return _forward(w, r, k, m, inner, n) + _forward(w, r, k, n, inner, m)
+
+
+def fused_attention(
+    r: Rates, k: Constants, pairs: Number, *, head_dim: Number, piece: Number, backward: bool = False
+) -> Number:
+    """Of so many pairs of a query and a key that it sees: two products forward, five in backward.
+
+    Less of the rate where what it is given at a time, `piece` tokens, is short, or a head is narrow.
+    """
+    rate = r.matmul_flops * r.attention_gain * k["attention"]
+    rate = rate * piece / (piece + 512) * np.minimum(1, head_dim / 128) ** 0.15
+    forward = 4 * pairs * head_dim / rate
+    return 2.5 * forward / 0.8 if backward else forward
 
 
 def _attention(w: Workload, r: Rates, k: Constants) -> tuple[Number, Number]:
-    """Forward and backward: two products of queries x keys, half of them behind the mask, five in backward.
-
-    Fused: less of the rate where a sequence is short or a head narrow. Else products in full, and scores in memory.
-    """
+    """Forward and backward. Fused: of half the pairs, for the rest is masked. Else products in full, and scores."""
     heads = w.micro_batch * w.n_heads / w.tp
     scores = heads * w.seq_len**2 / w.cp
-    flops = 2 * scores * w.head_dim
-    rate = r.matmul_flops * r.attention_gain * k["attention"]
     piece = w.seq_len / np.where(w.all_to_all == 1, 1, w.cp)  # a ring takes the keys of one rank after the other
-    rate = rate * piece / (piece + 512) * np.minimum(1, w.head_dim / 128) ** 0.15
+    fused = [
+        fused_attention(r, k, scores / 2, head_dim=w.head_dim, piece=piece, backward=back) for back in (False, True)
+    ]
     fill = 1 + np.sqrt(r.wave_elements * k["wave"] / (heads * w.seq_len * w.head_dim))
-    plain = 2 * flops / (r.matmul_flops * k["products"]) * fill
-    forward, backward = (n_bytes * scores * k["scores"] / _memory(r) for n_bytes in (13, 19))  # softmax, mask, dropout
+    plain = 4 * scores * w.head_dim / (r.matmul_flops * k["products"]) * fill
+    # Softmax, mask and dropout.
+    forward, backward = (n_bytes * scores * k["scores"] / memory_rate(r) for n_bytes in (13, 19))
     return (
-        w.flash * flops / rate + (1 - w.flash) * (plain + forward),
-        w.flash * 2.5 * flops / (0.8 * rate) + (1 - w.flash) * (2 * plain + backward),
+        w.flash * fused[0] + (1 - w.flash) * (plain + forward),
+        w.flash * fused[1] + (1 - w.flash) * (2 * plain + backward),
     )
 
 
 def _output_and_loss(w: Workload, r: Rates, k: Constants) -> Number:
     tokens, rows = _tokens(w), w.vocab_size / w.tp
     logits = tokens * np.where(w.loss_parallel == 1, rows, w.vocab_size)
-    products = _product(w, r, k, tokens, rows, w.d_model) + _gradients(w, r, k, tokens, rows, w.d_model)
-    return products + r.logit_bytes * logits / _memory(r)
+    products = _forward(w, r, k, tokens, rows, w.d_model) + _gradients(w, r, k, tokens, rows, w.d_model)
+    own = operator_share(r, k, compiled=0) * own_bytes(w, tokens=tokens).ends
+    return products + np.where(w.own == 1, own, r.logit_bytes * logits) / memory_rate(r)
 
 
 def _tokens(w: Workload) -> Number:
@@ -192,7 +244,7 @@ def _tokens(w: Workload) -> Number:
     return w.micro_batch * w.seq_len / w.cp
 
 
-def _memory(r: Rates) -> Number:
+def memory_rate(r: Rates) -> Number:
     return 0.8 * r.memory_bytes_per_s  # what streams reach of it
 
 
@@ -212,33 +264,51 @@ def layers_of_busiest(w: Workload, *, head_in_layers: Number) -> tuple[Number, N
 # ---- messages ------------------------------------------------------------------------------------------------------
 
 
-def _tensor_message(w: Workload, r: Rates, k: Constants, link: "_Links") -> Number:
-    """An all-reduce of a microbatch; with sequence parallelism a reduce-scatter and an all-gather, of as many bytes."""
-    seconds = link.all_reduce(w.element_bytes * _tokens(w) * w.d_model, ranks=w.tp, stride=1)
-    return seconds * k["tensor_messages"] * (1 - r.tensor_hidden)
+def _block_messages(w: Workload, r: Rates, k: Constants, link: "Links") -> _Messages:
+    """Of tp: two all-reduces in forward and two in backward; with sequence parallelism, a reduce-scatter and an
+    all-gather for each, of as many bytes, and all-reduces of the gradients of norms.
 
-
-def _context_messages(w: Workload, block: _Block, link: "_Links") -> Number:
-    """Of a block and microbatch. A ring's travel while attention computes, but for a twentieth.
-
-    Gradients of keys and values are added up in float32; in a ring keys and values go round once more beside them.
+    Of cp: a ring's messages travel while attention computes. Gradients of keys and values are added up in float32; in a
+    ring keys and values go round once more beside them.
     """
+    n_bytes, sp = w.element_bytes * _tokens(w) * w.d_model, w.sequence_parallel
+    among = {"ranks": w.tp, "stride": 1}
+    whole, halves = link.all_reduce(n_bytes, **among), 2 * link.gather(n_bytes, **among)
+    seconds = k["tensor_messages"] * (1 - r.tensor_hidden)
+    both = 2 * seconds * np.where(sp == 1, halves, whole)
+    norms = w.own * 2 * seconds * sp * link.all_reduce(w.element_bytes * w.d_model, **among)
+
     per_head = w.element_bytes * _tokens(w) * 2 * w.head_dim / w.tp
-    gathered = link.gather(per_head * w.n_kv_heads * w.cp, ranks=w.cp, stride=w.tp, alone=w.ring)
-    exchanged = link.all_to_all(per_head * (w.n_heads + w.n_kv_heads), ranks=w.cp, stride=w.tp)
-    forward: Number = np.where(w.all_to_all == 1, exchanged, gathered)
-    backward: Number = np.where(w.all_to_all == 1, exchanged, gathered * (w.ring + 4 / w.element_bytes))
-    hides = 0.9 * w.ring * (1 - w.all_to_all)
-    forward = np.maximum(forward - hides * block.attention_forward, 0.05 * forward) * (1 + w.again_attention)
-    return forward + np.maximum(backward - hides * block.attention_backward, 0.05 * backward)
+    keys, among, attention = per_head * w.n_kv_heads, {"ranks": w.cp, "stride": w.tp}, _attention(w, r, k)
+    exchanged = link.all_to_all(per_head * (w.n_heads + w.n_kv_heads) / 2, **among, calls=2)
+    gathered, passed = link.gather(keys * w.cp, **among), link.pass_on(keys, **among)
+    scattered = link.gather(keys * w.cp * 4 / w.element_bytes, **among)
+    passed_back = passed + link.pass_on(keys * 4 / w.element_bytes, **among)
+
+    def context(gathered: Number, passed: Number, attention: Number) -> Number:
+        around = np.maximum(w.cp - 1, 0) * passed
+        around = np.maximum(around - RING_HIDDEN * attention, (1 - RING_HIDDEN) * around)
+        return np.where(w.all_to_all == 1, exchanged, np.where(w.ring == 1, around, gathered))
+
+    forward = context(gathered, passed, attention[0])
+    return _Messages(
+        tensor_forward=both,
+        tensor_backward=both * (1 + w.again_products) + norms,
+        context_forward=forward,
+        context_backward=context(scattered, passed_back, attention[1]) + forward * w.again_attention,
+    )
 
 
-def _pipeline_messages(w: Workload, r: Rates, link: "_Links") -> Number:
+def _pipeline_messages(w: Workload, r: Rates, link: "Links") -> Number:
     """Of a step: in and out of each stage of a rank, for each microbatch; and once through all ranks and back."""
-    stream = w.element_bytes * _tokens(w) * w.d_model / np.where(w.sequence_parallel == 1, w.tp, 1)
-    hop = link.send(stream, stride=w.dp_replicate * w.dp_shard * w.cp * w.tp)
     hops = 2 * w.stages_per_rank * w.n_microbatches + 2 * (w.pp - 1)
-    return np.where(w.pp > 1, hops * hop * (1 - r.pipeline_hidden), 0)
+    return np.where(w.pp > 1, hops * hop_seconds(w, r, link), 0)
+
+
+def hop_seconds(w: Workload, r: Rates, link: "Links") -> Number:
+    """Of a microbatch from one stage of the pipeline to the next, as far as it does not travel unseen."""
+    stream = w.element_bytes * _tokens(w) * w.d_model / np.where(w.sequence_parallel == 1, w.tp, 1)
+    return link.send(stream, stride=w.dp_replicate * w.dp_shard * w.cp * w.tp) * (1 - r.pipeline_hidden)
 
 
 def _shards(w: Workload) -> Number:
@@ -246,7 +316,7 @@ def _shards(w: Workload) -> Number:
 
 
 def _data_messages(
-    w: Workload, r: Rates, k: Constants, link: "_Links", *, weights: Number, layers: Number, block: _Block
+    w: Workload, r: Rates, k: Constants, link: "Links", *, weights: Number, layers: Number, block: _Block
 ) -> Number:
     """Of a step, exposed: what does not fit into the pass beside which it travels, and a part of what would."""
     shards, calls = _shards(w), np.maximum(layers, 1)
@@ -273,10 +343,10 @@ def _data_messages(
     return data + w.all_reduces * exposed(reduce, backward)
 
 
-class _Links:
+class Links:
     """Seconds of messages among `ranks`, `stride` apart. In a node by its links, else by what its network lets pass."""
 
-    def __init__(self, w: Workload, r: Rates, k: Constants) -> None:
+    def __init__(self, r: Rates, k: Constants) -> None:
         self._inside, self._inside_seconds = r.inside_bytes_per_s * k["inside"], r.inside_seconds
         self._across, self._across_seconds = r.across_bytes_per_s * k["across"], r.across_seconds
         self._node = r.node_ranks
@@ -287,13 +357,9 @@ class _Links:
         outside = np.minimum(self._inside, self._across * near / (1 + 0.05 * np.log2(np.maximum(nodes / 2, 1))))
         return near, nodes, np.where(nodes > 1, outside, self._inside)
 
-    def gather(self, n_bytes: Number, *, ranks: Number, stride: Number, calls: Number = 1, alone: Number = 0) -> Number:
-        """An all-gather to n_bytes, or a reduce-scatter from them; in so many calls.
-
-        alone: 1: from neighbour to neighbour, so that only one rank of a node talks to the next.
-        """
+    def gather(self, n_bytes: Number, *, ranks: Number, stride: Number, calls: Number = 1) -> Number:
+        """An all-gather to n_bytes, or a reduce-scatter from them; in so many calls."""
         near, nodes, rate = self._group(ranks, stride)
-        rate = np.where(nodes > 1, np.where(alone == 1, np.minimum(rate, self._across), rate), rate)
         start = np.where(nodes > 1, self._across_seconds, self._inside_seconds)
         hops = LINK_HOP_SECONDS * (near - 1) + NETWORK_HOP_SECONDS * (nodes - 1)
         return np.where(ranks > 1, n_bytes * (ranks - 1) / ranks / rate + calls * (start + hops), 0)
@@ -305,12 +371,19 @@ class _Links:
         hops = 2 * LINK_HOP_SECONDS * (near - 1) + 2 * NETWORK_HOP_SECONDS * np.log2(np.maximum(nodes, 1))
         return np.where(ranks > 1, 2 * n_bytes * (ranks - 1) / ranks / rate + calls * (start + hops), 0)
 
-    def all_to_all(self, n_bytes: Number, *, ranks: Number, stride: Number) -> Number:
-        """Of n_bytes a rank: to each its part, and to those of other nodes through this rank's own card alone."""
+    def all_to_all(self, n_bytes: Number, *, ranks: Number, stride: Number, calls: Number = 1) -> Number:
+        """Of n_bytes a rank, so many times: to each its part; to those of other nodes by this rank's own card alone."""
         near, nodes, _ = self._group(ranks, stride)
         start = np.where(nodes > 1, self._across_seconds, self._inside_seconds)
         inside, across = n_bytes * (near - 1) / ranks / self._inside, n_bytes * (ranks - near) / ranks / self._across
-        return np.where(ranks > 1, 2 * start + np.maximum(inside, across), 0)  # there, and back
+        return np.where(ranks > 1, calls * (start + np.maximum(inside, across)), 0)
+
+    def pass_on(self, n_bytes: Number, *, ranks: Number, stride: Number) -> Number:
+        """From each to the next, in a ring: where nodes meet, one rank alone talks to the next."""
+        _, nodes, rate = self._group(ranks, stride)
+        rate = np.where(nodes > 1, np.minimum(rate, self._across), rate)
+        start = np.where(nodes > 1, self._across_seconds, self._inside_seconds)
+        return np.where(ranks > 1, n_bytes / rate + start + LINK_HOP_SECONDS, 0)
 
     def send(self, n_bytes: Number, *, stride: Number) -> Number:
         far = stride >= self._node

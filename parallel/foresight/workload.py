@@ -79,6 +79,10 @@ class Workload:
     compiled: Number = 0  # 1: what lies between products is fused
     loss_chunks: Number = 1
     loss_parallel: Number = 1
+    # the program
+    own: Number = 0  # 1: the lab's own, operator by operator; 0: as most are, by what their software says
+    buckets: Number = 0  # 1: gradients are added up in buckets that are there from the first
+    splits_backward: Number = 0  # share of the microbatches: into that of the input and that of the weights
 
     @property
     def tokens(self) -> Number:
@@ -116,6 +120,7 @@ def of_recipe(recipe: Recipe) -> Workload:
         gradient_bytes=max(4, element_bytes),
         element_bytes=element_bytes,
         flash=int(train.attention != "math"),
+        own=int(train.compile == "none"),
         compiled=int(train.compile == "inductor"),
         loss_chunks=train.loss_chunks,
         loss_parallel=int(recipe.tensor.loss_parallel),
@@ -182,6 +187,8 @@ def laid_out(
         saves_attention=int(recompute.mode == "selective" and "attention" in recompute.save),
         block_group=np.sqrt(work.n_layers / (pp * stages_per_rank)) if recompute.mode == "sqrt" else 1,
         folded=piped * (schedule in V_SCHEDULES),
+        buckets=data * (1 - sharded),
+        splits_backward=piped * _split_share(schedule, pp=pp, m=m),
     )
 
 
@@ -216,6 +223,13 @@ def bubble(schedule: str, *, pp: Number, stages_per_rank: Number, m: Number) -> 
     alone, many = (2 / 3 if split else 1.0), 1.0 / ((3 if split else 1) * stages_per_rank)
     each = 1 / 3 if schedule in V_SCHEDULES else alone - many  # what pp - 1 microbatches more save
     return np.maximum(many, alone - each * (m - 1) / np.maximum(pp - 1, 1))
+
+
+def _split_share(schedule: str, *, pp: Number, m: Number) -> Number:
+    """Of the microbatches, those whose backward is cut in two: dualpipev cuts those with which it fills its bubbles."""
+    if schedule == "dualpipev":
+        return np.minimum(1, pp / (1.5 * m))
+    return int(schedule in SPLIT_BACKWARD_SCHEDULES)
 
 
 def in_flight(schedule: str, *, pp: Number, stages_per_rank: Number, m: Number) -> Number:

@@ -15,6 +15,7 @@ from parallel.measure.flops import FlopCounter, flops_section
 from parallel.measure.memory import MemoryTracker, allocator_peaks, reset_allocator_peaks
 from parallel.measure.observer import Observer, Step, nested
 from parallel.measure.record import Memory, Record
+from parallel.measure.tape import Event
 from parallel.measure.timeline import ideal_bubble
 from parallel.measure.traffic import TrafficLog
 from parallel.recipe import Recipe
@@ -28,6 +29,7 @@ class Measures(NamedTuple):
     traffic: list[dict[str, Any]] | None  # {mesh_dim, collective, calls, bytes_per_rank, bytes_across_hosts}
     actions: list[Action]  # of the pipeline, in order
     attention_kernels: set[str]
+    tape: Sequence[Event] = ()  # of a dry run that was asked for it
 
 
 class Counters(Observer):

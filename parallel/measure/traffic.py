@@ -45,7 +45,7 @@ class TrafficLog(TorchDispatchMode):
     def __init__(self, mesh: DeviceMesh, hosts: Sequence[int] | None = None) -> None:
         super().__init__()
         self._hosts = hosts
-        self._dim_of_ranks = _dim_of_ranks(mesh)
+        self._dim_of_ranks = dims_of_ranks(mesh)
         self._dim_of_group: dict[str, str] = {}
         # By dimension and collective: calls, bytes and those across hosts, exact until the end, as 3 ranks give thirds.
         self._sent: dict[tuple[str, str], tuple[int, Fraction | None, Fraction | None]] = {}
@@ -64,26 +64,21 @@ class TrafficLog(TorchDispatchMode):
     ) -> Any:
         if any(issubclass(kind, DTensor | AsyncCollectiveTensor) for kind in types):
             return NotImplemented  # they turn into operators on local tensors, which come by here
-        if func.namespace in ("c10d", "_c10d_functional") and func._opname not in NO_PAYLOAD:
+        if carries(func):
             self._record(func._opname, by_name(func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def _record(self, operator: str, arguments: dict[str, Any]) -> None:
-        group = _group(arguments.get("process_group", arguments.get("group_name")))
+        group = group_of(arguments.get("process_group", arguments.get("group_name")))
         if group.size() == 1:
             return
-        spelt = operator.replace("_", "").removeprefix("i")
-        known = next((collective for collective in COLLECTIVES if spelt.startswith(collective.replace("_", ""))), None)
-        if operator == "alltoall_":  # of lists, with a length of its own for each rank
-            known = None
+        known = collective_of(operator)
         key = (self._dim(group), known or operator.strip("_"))
         calls, before, across = self._sent.get(key, (0, Fraction(0), Fraction(0)))
         if known is None or before is None:
             self._sent[key] = calls + 1, None, None
             return
-        # What a rank puts in is the first argument whose name begins with input, or where there is none with tensor.
-        payload = next(arguments[name] for start in ("input", "tensor") for name in arguments if name.startswith(start))
-        n_bytes = sum(tensor.nbytes for tensor in tensors_in(payload))
+        n_bytes = bytes_put_in(arguments)
         sent = before + n_bytes * _share_sent(known, group, arguments)
         if self._hosts is None or across is None:
             self._sent[key] = calls + 1, sent, None
@@ -94,8 +89,27 @@ class TrafficLog(TorchDispatchMode):
     def _dim(self, group: dist.ProcessGroup) -> str:
         name = group.group_name
         if name not in self._dim_of_group:
-            self._dim_of_group[name] = self._dim_of_ranks.get(_ranks(group), "none")
+            self._dim_of_group[name] = self._dim_of_ranks.get(ranks_of(group), "none")
         return self._dim_of_group[name]
+
+
+def carries(operator: Any) -> bool:
+    """Whether an operator of torch is a collective or a message, with something in it."""
+    return operator.namespace in ("c10d", "_c10d_functional") and operator._opname not in NO_PAYLOAD
+
+
+def collective_of(operator: str) -> str | None:
+    """That of COLLECTIVES which an operator of this name is."""
+    spelt = operator.replace("_", "").removeprefix("i")
+    if operator == "alltoall_":  # of lists, with a length of its own for each rank
+        return None
+    return next((collective for collective in COLLECTIVES if spelt.startswith(collective.replace("_", ""))), None)
+
+
+def bytes_put_in(arguments: dict[str, Any]) -> int:
+    """By this rank: those of the first argument whose name begins with input, or where there is none with tensor."""
+    payload = next(arguments[name] for start in ("input", "tensor") for name in arguments if name.startswith(start))
+    return sum(tensor.nbytes for tensor in tensors_in(payload))
 
 
 def _share_sent(
@@ -133,7 +147,7 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def _dim_of_ranks(mesh: DeviceMesh) -> dict[tuple[int, ...], str]:
+def dims_of_ranks(mesh: DeviceMesh) -> dict[tuple[int, ...], str]:
     """Global ranks of this rank's groups -> dimension.
 
     Names go by ranks, not by group: torch gives a dimension that spans all ranks the default group, and a flattened
@@ -142,15 +156,15 @@ def _dim_of_ranks(mesh: DeviceMesh) -> dict[tuple[int, ...], str]:
     dims: dict[tuple[int, ...], str] = {}
     for name in (*MESH_DIMS, *JOINED):
         members = [dim for dim in JOINED.get(name, (name,)) if mesh[dim].size() > 1]
-        dims.setdefault(_ranks(mesh.get_group(name)), "·".join(members))
+        dims.setdefault(ranks_of(mesh.get_group(name)), "·".join(members))
     return {tuple(range(dist.get_world_size())): "world"} | dims
 
 
-def _ranks(group: dist.ProcessGroup) -> tuple[int, ...]:
+def ranks_of(group: dist.ProcessGroup) -> tuple[int, ...]:
     return tuple(sorted(dist.get_process_group_ranks(group)))
 
 
-def _group(argument: Any) -> dist.ProcessGroup:
+def group_of(argument: Any) -> dist.ProcessGroup:
     """A group as an operator takes it: by name, as itself (functional, torch 2.13), or boxed for TorchScript."""
     if isinstance(argument, str):
         return _resolve_process_group(GroupName(argument))

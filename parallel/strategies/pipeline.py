@@ -22,6 +22,7 @@ from parallel.actions import Action
 from parallel.collectives import exchange
 from parallel.gradients import local_gradient
 from parallel.recipe import Recipe, Schedule
+from parallel.torch_private import several_stages_orders
 from parallel.transformer import Transformer
 
 SCHEDULE_CLASSES: dict[Schedule, Callable[..., Any]] = {
@@ -51,6 +52,21 @@ def stages_of_rank(recipe: Recipe, pp_rank: int) -> list[int]:
     if recipe.pipeline.is_v:
         return [pp_rank, recipe.n_stages - 1 - pp_rank]
     return list(range(pp_rank, recipe.n_stages, recipe.parallel.pp))
+
+
+def schedule_orders(recipe: Recipe) -> list[list[Action]]:
+    """What each rank of the pipeline does in a step, in order."""
+    pp, m, schedule = recipe.parallel.pp, recipe.n_microbatches, recipe.pipeline.schedule
+    if not recipe.pipeline.single_stage:
+        found = several_stages_orders(SCHEDULE_CLASSES[schedule], pp, m, recipe.stages_per_rank)
+        return [[Action(*action) for action in order] for order in found]
+    orders: list[list[Action]] = []
+    for rank in range(pp):
+        ahead = m if schedule == "gpipe" else min(m, pp - rank)
+        alternating = [(name, i + ahead * (name == "forward")) for i in range(m) for name in ("backward", "forward")]
+        first = [("forward", i) for i in range(ahead)]
+        orders.append([Action(name, rank, i) for name, i in (*first, *alternating) if i < m])
+    return orders
 
 
 def split_pipeline(model: Transformer, *, recipe: Recipe, pp_rank: int) -> list[Transformer]:

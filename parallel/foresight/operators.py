@@ -1,0 +1,88 @@
+"""What the lab's own code, which runs operator by operator, asks of host and memory: how many operators, what bytes.
+
+Counted on the tapes of dry runs (parallel.measure.taping); tests/test_replay.py holds both beside each other.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from parallel.foresight.workload import Number, Workload
+
+
+class Operators(NamedTuple):
+    """That the host gives out, views among them."""
+
+    forward: Number  # of a block
+    backward: Number
+    ends: Number  # of a microbatch, embedding and output, forward and backward
+    step: Number  # once
+
+
+def own_operators(w: Workload) -> Operators:
+    half, tp = 1 * (w.element_bytes == 2), 1 * (w.tp > 1)
+    sharded, sp = w.shards_state, tp * w.sequence_parallel
+    passes = [n / w.n_microbatches for n in (w.forward_gathers, w.backward_gathers, w.reduce_scatters)]
+    replicas = sharded * (w.dp_replicate > 1)
+    ring = w.ring * (w.cp > 1)
+    gathers = (1 - w.ring) * (1 - w.all_to_all) * (w.cp > 1)
+    exchanges = w.all_to_all * (w.cp > 1)
+    once = 1 * (w.n_microbatches > 1) * (w.recomputes == 0) * half * (1 - sharded)  # weights are cast once a step
+
+    computes = 59 + half * np.where(sharded == 1, 4, 13) + (18 + 14 * w.sequence_parallel) * tp
+    computes = computes + ring * (14 + 15 * (w.cp - 1)) + gathers * 50 + exchanges * 22 + 24 * (1 - w.flash)
+    again = w.again_rest * (computes - 3 - 6 * w.saves_products - w.saves_attention)
+    forward = computes + 14 * passes[0] - 7 * once
+    backward = 112 + half * np.where(sharded == 1, 6, 7) + 2 * tp + 6 * sp
+    backward = backward + 13 * passes[1] + 12 * passes[2]
+    backward = backward + ring * (24 + 22 * (w.cp - 1)) + gathers * 76 + exchanges * 22 + 32 * (1 - w.flash)
+    backward = backward + again + 18 * w.splits_backward - 17 * replicas
+    ends = 40 + 6 * half + 22 * passes[2] + 42 * tp * w.loss_parallel + 24 * tp * (1 - w.loss_parallel) + 10 * sp
+    ends = ends + 24 * (w.loss_chunks - 1)
+    dtensors = 1 * (sharded + tp > 0)
+    layers = w.n_layers / w.pp
+    alone = 1 - 1 * (w.dp_replicate * w.dp_shard * w.cp > 1) * (1 - sharded)  # gradients come anew, not into buckets
+    step = 20 + 15 * dtensors + layers * (27 + 45 * dtensors - 9 * alone + 7 * once + 18 * replicas)
+    return Operators(forward, backward, ends, step)
+
+
+class Bytes(NamedTuple):
+    """Read and written by all that is no product and no attention, of a microbatch on a rank."""
+
+    forward: Number  # of a block
+    again: Number  # of the same where recompute does it once more: what was gathered is gathered beside it
+    backward: Number
+    ends: Number  # of the output and the loss, and of the embedding
+
+
+def own_bytes(w: Workload, *, tokens: Number) -> Bytes:
+    """tokens: of a microbatch on a rank."""
+    e, half, tp = w.element_bytes, 1 * (w.element_bytes == 2), 1 * (w.tp > 1)
+    sp, sharded = tp * w.sequence_parallel, w.shards_state
+    stream, resident = tokens * w.d_model, tokens * w.d_model / np.where(sp == 1, w.tp, 1)
+    turned = tokens * (w.n_heads + w.n_kv_heads) * w.head_dim / w.tp  # queries and keys, rotated in float32
+    hidden = tokens * w.d_ff / w.tp
+    copies = tp * (4 + 4 * w.sequence_parallel) * e * stream  # around collectives
+    weights, table = w.block_parameters / w.tp, w.vocab_size * w.d_model / w.tp
+
+    once = 1 * (w.n_microbatches > 1) * (w.recomputes == 0)
+    casts = half * (1 - sharded) * 6 * np.where(once == 1, 1 / w.n_microbatches, 1)  # of weights, forward
+    added = 12 * np.where(w.buckets == 1, 1, 1 - 1 / w.n_microbatches)  # of gradients to those there are
+    of_weight = (
+        casts + sharded * 2 * e * w.forward_gathers / w.n_microbatches,
+        sharded * (2 * e * w.backward_gathers + (e + 4) * w.reduce_scatters) / w.n_microbatches
+        + (1 - sharded) * (6 * half + added),
+    )
+    rotated = (40 + 12 * half) * turned
+    forward = 10 * e * resident + copies + rotated + 5 * e * hidden
+    backward = 16 * e * resident + 9 * e * stream + copies + rotated + 9 * e * hidden
+    logit = np.where(tp * w.loss_parallel == 1, 48, 24) + 12 * half
+    logits = tokens * w.vocab_size / np.where(w.loss_parallel == 1, w.tp, 1)
+    ends = logit * logits + table * (tables_of(w) * sum(of_weight) + 4)
+    again = forward + weights * casts
+    return Bytes(forward + weights * of_weight[0], again, backward + weights * of_weight[1], ends)
+
+
+def tables_of(w: Workload) -> Number:
+    """Matrices over the vocabulary that one rank has, at most."""
+    return 2 - 1 * np.maximum(w.pp > 1, w.tied)
