@@ -67,18 +67,26 @@ def own_bytes(w: Workload, *, tokens: Number) -> Bytes:
 
     once = 1 * (w.n_microbatches > 1) * (w.recomputes == 0)
     casts = half * (1 - sharded) * 6 * np.where(once == 1, 1 / w.n_microbatches, 1)  # of weights, forward
-    added = 12 * np.where(w.buckets == 1, 1, 1 - 1 / w.n_microbatches)  # of gradients to those there are
+    fresh = np.where(sharded == 1, w.reduce_scatters, 1) / w.n_microbatches  # gradients that are added to none
+    added = 12 * np.where(w.buckets == 1, 1, 1 - fresh)
     of_weight = (
         casts + sharded * 2 * e * w.forward_gathers / w.n_microbatches,
         sharded * (2 * e * w.backward_gathers + (e + 4) * w.reduce_scatters) / w.n_microbatches
-        + (1 - sharded) * (6 * half + added),
+        + (1 - sharded) * 6 * half
+        + added,
     )
     rotated = (40 + 12 * half) * turned
     forward = 10 * e * resident + copies + rotated + 5 * e * hidden
     backward = 16 * e * resident + 9 * e * stream + copies + rotated + 9 * e * hidden
+    # A ring adds up in float32 what each piece gives: of the first for all queries, of the others for half of them.
+    ring, pieces = w.ring * (w.cp > 1), 1 + (w.cp - 1) / 2
+    queries, keys = (tokens * heads * w.head_dim / w.tp for heads in (w.n_heads, 2 * w.n_kv_heads))
+    forward = forward + ring * (18 * pieces + 10) * queries
+    backward = backward + ring * ((10 * pieces + 10) * queries + (10 * w.cp + 10) * keys)
     logit = np.where(tp * w.loss_parallel == 1, 48, 24) + 12 * half
     logits = tokens * w.vocab_size / np.where(w.loss_parallel == 1, w.tp, 1)
-    ends = logit * logits + table * (tables_of(w) * sum(of_weight) + 4)
+    chunked = np.where(w.loss_chunks > 1, 10 * w.loss_chunks + 12, 0)  # the gradient of the output, chunk by chunk
+    ends = logit * logits + table * (tables_of(w) * sum(of_weight) + chunked + 4)
     again = forward + weights * casts
     return Bytes(forward + weights * of_weight[0], again, backward + weights * of_weight[1], ends)
 

@@ -217,7 +217,7 @@ def _attention(w: Workload, r: Rates, k: Constants) -> tuple[Number, Number]:
     """Forward and backward. Fused: of half the pairs, for the rest is masked. Else products in full, and scores."""
     heads = w.micro_batch * w.n_heads / w.tp
     scores = heads * w.seq_len**2 / w.cp
-    piece = w.seq_len / np.where(w.all_to_all == 1, 1, w.cp)  # a ring takes the keys of one rank after the other
+    piece = w.seq_len / np.where(w.ring * (1 - w.all_to_all) == 1, w.cp, 1)  # it takes the keys of one rank at a time
     fused = [
         fused_attention(r, k, scores / 2, head_dim=w.head_dim, piece=piece, backward=back) for back in (False, True)
     ]
@@ -332,7 +332,9 @@ def _data_messages(
     scatter = link.gather(weights * w.gradient_bytes, ranks=shards, stride=w.tp, calls=calls)
     both = w.backward_gathers > 0  # share the window of backward
     data = w.forward_gathers * exposed(gather, forward) + w.backward_gathers * exposed(gather, backward / 2)
-    data = data + w.reduce_scatters * exposed(scatter, backward / (1 + both))
+    # In a pipeline the lab's program reduces a stage's gradients when it is done with it, and waits.
+    beside = np.where(w.own * (w.pp > 1) == 1, 0, backward / (1 + both))
+    data = data + w.reduce_scatters * np.where(beside == 0, scatter, exposed(scatter, beside))
     sharded = w.shards_state == 1
     reduce = link.all_reduce(
         weights * w.gradient_bytes / np.where(sharded, shards, 1),

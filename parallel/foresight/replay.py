@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from parallel.actions import Action
 from parallel.foresight.price import (
@@ -31,17 +32,25 @@ from parallel.measure.tape import Begin, End, Event, Mark, Message, Operator, Wa
 Seconds = dict[str, float]  # by part of a step
 
 
+class Done(NamedTuple):
+    """An action of a pipeline."""
+
+    action: Action
+    seconds: float
+    before: float = 0.0  # seconds between the action before and this one: gradients of a stage that is done, for one
+
+
 @dataclass(frozen=True)
 class Played:
     """What one rank does, if it never waits for another of its pipeline."""
 
     parts: Seconds  # add up to what its tape takes
-    actions: tuple[tuple[Action, float], ...]  # of the pipeline, in their order
+    actions: tuple[Done, ...]  # in their order
 
     @property
     def around(self) -> float:
         """Seconds before the first action, and after the last."""
-        return sum(self.parts.values()) - sum(seconds for _, seconds in self.actions)
+        return sum(self.parts.values()) - sum(it.before + it.seconds for it in self.actions)
 
 
 def played(tape: Sequence[Event], rates: Rates, constants: Constants) -> Played:
@@ -120,7 +129,7 @@ class _Player:
 
     def play(self) -> Played:
         last = max((i for i, event in enumerate(self.tape) if isinstance(event, End)), default=-1)
-        windows: list[tuple[Action, float, float]] = []
+        windows: list[tuple[Action, float, float, float]] = []  # with the end of the one before, its start and end
         for i, event in enumerate(self.tape):
             match event:
                 case Operator():
@@ -132,21 +141,24 @@ class _Player:
                     self.points[event.point] = (queue.free, queue.part)
                 case Wait():
                     self._wait(event.stream, *self.points.get(event.point, (0.0, "launches")))
-                case Begin() if not windows:
+                case Begin():
                     self._settle()
                     began = self.clock
                 case End():
                     self._settle()
-                    windows.append((event.action, windows[-1][2] if windows else began, self.clock))
+                    windows.append((event.action, windows[-1][3] if windows else began, began, self.clock))
         for queue in self.streams.values():
             self._wait(0, queue.free, queue.part)
         self._settle()
         self.parts["launches"] += max(0.0, self.host - self.clock)
         self.parts["optimizer"] += FIXED_SECONDS
-        contended = [(a, end - start + sum(self._contended(start, end).values())) for a, start, end in windows]
+        done = [
+            Done(action, end - start + self._lost(start, end), start - before + self._lost(before, start))
+            for action, before, start, end in windows
+        ]
         for part, seconds in self._contended(0.0, self.clock).items():
             self.parts[part] += seconds
-        return Played(self.parts, tuple(contended))
+        return Played(self.parts, tuple(done))
 
     def _operator(self, it: Operator) -> None:
         self.host += self.costs.host
@@ -192,6 +204,9 @@ class _Player:
         self._gap(self.streams[0].free)
         self.clock = self.streams[0].free
 
+    def _lost(self, start: float, end: float) -> float:
+        return sum(self._contended(start, end).values())
+
     def _contended(self, start: float, end: float) -> Seconds:
         """What computing and messages cost each other between those times: they share memory and multiprocessors."""
         starts = [begin for begin, _ in self.busy]
@@ -218,14 +233,14 @@ def _part_of_operator(it: Operator) -> str:
 # ---- a pipeline ----------------------------------------------------------------------------------------------------
 
 
-def makespan(orders: Sequence[Sequence[tuple[Action, float]]], *, hop: float) -> tuple[list[float], list[float]]:
+def makespan(orders: Sequence[Sequence[Done]], *, hop: float) -> tuple[list[float], list[float]]:
     """When each rank is done with all its actions, and how long it waited in all for messages on their way.
 
-    orders: of each rank, with the seconds of each action. A message takes `hop` from when both ranks have come to it:
-    the one that sends has made it, the one that receives has done what came before.
+    orders: of each rank. A message takes `hop` from when both ranks have come to it: the one that sends has made it,
+    the one that receives has done the action before.
     """
-    last = max(action.stage for order in orders for action, _ in order)
-    rank_of = {action.stage: rank for rank, order in enumerate(orders) for action, _ in order}
+    last = max(it.action.stage for order in orders for it in order)
+    rank_of = {it.action.stage: rank for rank, order in enumerate(orders) for it in order}
     queues = [deque(order) for order in orders]
     clocks, waited = [0.0] * len(orders), [0.0] * len(orders)
     done: dict[Action, float] = {}
@@ -233,15 +248,17 @@ def makespan(orders: Sequence[Sequence[tuple[Action, float]]], *, hop: float) ->
         went_on = False
         for rank, queue in enumerate(queues):
             while queue:
-                action, seconds = queue[0]
+                action, seconds, before = queue[0]
                 needed = _needed(action, last)
                 there = [when for other in needed if (when := done.get(other)) is not None]
                 if needed and not there:
                     break
                 queue.popleft()
-                start = max(clocks[rank], *there) if there else clocks[rank]
+                ready = max(clocks[rank], *there) if there else clocks[rank]
+                start = max(ready, clocks[rank] + before)
                 if needed and rank_of[needed[0].stage] != rank:
-                    start, waited[rank] = start + hop, waited[rank] + hop
+                    waited[rank] += max(0.0, ready + hop - start)
+                    start = max(start, ready + hop)
                 clocks[rank] = done[action] = start + seconds
                 went_on = True
         assert went_on, "an order in which every rank waits for another"
@@ -258,18 +275,19 @@ def _needed(action: Action, last: int) -> list[Action]:
     return [Action(half, stage + 1, microbatch) for half in ("backward", "backward_input")]
 
 
-def _seconds(known: Mapping[tuple[str, int, int], float], name: str, place: int, microbatch: int) -> float:
-    """Of an action of one rank, from those of another like it, which may cut another microbatch's backward in two."""
-    if (name, place, microbatch) in known:
-        return known[name, place, microbatch]
+def _like(known: Mapping[tuple[str, int, int], Done], action: Action, place: int) -> Done:
+    """On the stage at `place` of a rank, from what another does that is like it, but may cut other backwards in two."""
+    same = known.get((action.name, place, action.microbatch))
+    if same is not None:
+        return same._replace(action=action)
 
     def mean(name: str) -> float:
         return statistics.fmean(
-            [seconds for (its, at, _), seconds in known.items() if (its, at) == (name, place)] or [0.0]
+            [it.seconds for (its, at, _), it in known.items() if (its, at) == (name, place)] or [0.0]
         )
 
-    halves = mean("backward_input"), mean("backward_weight")
-    return mean(name) or (sum(halves) if name == "backward" else mean("backward") / 2)
+    halves = mean("backward_input") + mean("backward_weight")
+    return Done(action, mean(action.name) or (halves if action.name == "backward" else mean("backward") / 2))
 
 
 @dataclass(frozen=True)
@@ -300,9 +318,9 @@ def over_all_stages(
     for order, rank in zip(orders, alike, strict=True):
         mine = of_ranks[rank].actions
         places = {stage: place for place, stage in enumerate(dict.fromkeys(action.stage for action in order))}
-        theirs = {stage: place for place, stage in enumerate(dict.fromkeys(action.stage for action, _ in mine))}
-        known = {(name, theirs[stage], microbatch): seconds for (name, stage, microbatch), seconds in mine}
-        timed.append([(it, _seconds(known, it.name, places[it.stage], it.microbatch)) for it in order])
+        theirs = {stage: place for place, stage in enumerate(dict.fromkeys(it.action.stage for it in mine))}
+        known = {(it.action.name, theirs[it.action.stage], it.action.microbatch): it for it in mine}
+        timed.append([_like(known, action, places[action.stage]) for action in order])
     ends, waited = makespan(timed, hop=hop)
     totals = [end + of_ranks[rank].around for end, rank in zip(ends, alike, strict=True)]
     # The rank that computes most, of those that end last but for what they wait for each other at the end.

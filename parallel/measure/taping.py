@@ -188,7 +188,7 @@ class _Mode(TorchDispatchMode):
         self._wait_for(tensors_in(call))
         n_bytes = bytes_put_in(call) * (len(ranks) if collective == "all_gather" else 1)
         dim, point = self._dim_of_ranks.get(ranks, "none"), next(self._points)
-        blocks = call.get("asyncOp", call.get("async_op", func.namespace == "_c10d_functional")) is False
+        blocks = call.get("async_op", call.get("asyncOp")) is False  # as torch 2.13 and 2.11 call it
         self._tape.append(
             Message(self._stream(), dim, collective, n_bytes, len(ranks), ranks[1] - ranks[0], point, blocks)
         )
