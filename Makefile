@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # The first of these that is Python 3.11 or later.
 PYTHONS := python3 python3.13 python3.12 python3.11 python
 
-.PHONY: compare first-look engines test test-long faults bench pictures gpu setup clean
+.PHONY: compare first-look engines test test-long faults bench foresight pictures gpu setup clean
 
 compare: setup  ## the main job: every strategy on one model, proven against one process
 	$(BIN)/lab compare recipes/compare/strategies.toml
@@ -36,6 +36,9 @@ faults: setup  ## every kind of fault under every strategy, and 200 kills in a r
 
 bench: setup  ## the strategies against loops written by hand, in turn
 	$(BIN)/python benchmarks/bench.py
+
+foresight: setup  ## what this machine reaches, every strategy on it, and how well one foretells the other
+	$(BIN)/python benchmarks/foresight_here.py
 
 pictures: setup  ## those of docs/dashboard.md, of generated records
 	$(BIN)/python tests/pictures.py

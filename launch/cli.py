@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from launch.commands import check, checkpoint, compare, dry_run, plan, preflight, report, run, status, submit
+from launch.commands import calibrate, check, checkpoint, compare, dry_run, plan, preflight, report, run, status, submit
 from launch.supervisor import Interrupted, Stopped
 from launch.terminal import CommandError, Parser, did_you_mean, printable
 from launch.verdict import STOPPED
@@ -17,6 +17,7 @@ COMMANDS = {
     "run": run,
     "dry-run": dry_run,
     "plan": plan,
+    "calibrate": calibrate,
     "compare": compare,
     "report": report,
     "checkpoint": checkpoint,
@@ -35,6 +36,8 @@ EXAMPLES = """examples:
       memory and traffic of a rank, from this machine alone
   lab plan recipes/large/llama3-8b-fsdp.toml --cluster h100 --ranks 64
       the best layouts there, foretold, and how sure
+  lab calibrate --out here.toml
+      what this machine reaches, as a cluster for plan and dry-run
   lab compare recipes/compare/first-look.toml
       a table of four strategies in a minute
   lab report runs --html page.html

@@ -26,6 +26,9 @@ from launch.starting import Starter
 from launch.supervisor import supervise
 from launch.table import progress_line, width_of
 from launch.terminal import CommandError, Status, did_you_mean
+from parallel.foresight.clusters import Cluster
+from parallel.foresight.prediction import Prediction
+from parallel.foresight.prediction import predict as foretell_step
 from parallel.measure.record import environment, new_record, read_record, write_record
 from parallel.recipe import Recipe, RecipeError, check_name
 from parallel.recipe.reading import apply_overrides, read_toml, recipe_from_tables, refuse_unknown_keys
@@ -203,10 +206,28 @@ def _settled(options: Sequence[str], records: Sequence[Mapping[str, Any]]) -> li
     return next((["--matmul", precision] for precision in found if precision in ("highest", "medium")), [])
 
 
-def predict(comparison: Comparison, *, out: Path, say: Callable[[str], None]) -> None:
+def foretell(comparison: Comparison, cluster: Cluster) -> dict[str, Prediction]:
+    """By the closed form, of each variant of the native engine. Raises RecipeError, where the cluster lacks a rate."""
+    variants = [variant for variant in comparison.variants if variant.recipe and variant.recipe.engine.name == "native"]
+    return {variant.name: foretell_step(variant.recipe, cluster) for variant in variants if variant.recipe}
+
+
+def lay_beside(records: Sequence[dict[str, Any]], foretold: Mapping[str, Prediction], *, folder: Path) -> None:
+    """Writes predictions into the records of a comparison in `folder`, those at hand and those there."""
+    for record in records:
+        name = record["recipe"]["name"]
+        if name in foretold:
+            record["prediction"] = foretold[name].as_json()
+            if (folder / name).is_dir():
+                write_record(folder / name / "record.json", record)
+
+
+def predict(
+    comparison: Comparison, *, foretold: Mapping[str, Prediction], out: Path, say: Callable[[str], None]
+) -> None:
     """Dry-runs every variant of the native engine, to out/<name>/predicted/<variant>/.
 
-    The page shows it beside what was measured.
+    The page shows it beside what was measured. foretold: speeds, where there is a cluster for them.
     """
     from parallel.dryrun import dry_run  # a comparison alone lives without torch
     from parallel.kinds import distinct_ranks
@@ -218,6 +239,8 @@ def predict(comparison: Comparison, *, out: Path, say: Callable[[str], None]) ->
             say(f"dry run of {variant.name}")
             (folder / variant.name).mkdir(parents=True, exist_ok=True)
             record = dry_run(variant.recipe, ranks=list(distinct_ranks(variant.recipe)))
+            if variant.name in foretold:
+                foretold[variant.name].fill_in(record)
             write_record(folder / variant.name / "record.json", record)
 
 

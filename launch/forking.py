@@ -9,6 +9,7 @@ the launcher, or where it finds that it must not be forked; ranks are then start
 """
 
 import ctypes
+import importlib
 import json
 import os
 import socket
@@ -22,7 +23,7 @@ from parallel.measure.record import git_commit
 
 
 def main() -> None:
-    """Serves calls from the socket that is its stdin: JSON [arguments of launch.train, environment], and two files."""
+    """Serves calls from the socket that is its stdin: JSON [program, arguments, environment], and two files."""
     calls, launcher = socket.socket(fileno=0), os.getppid()
     if not _prepared():
         os._exit(1)
@@ -59,6 +60,7 @@ def _prepared() -> bool:
 
 
 def _be_rank(
+    program: str,
     arguments: list[str],
     environment: dict[str, str],
     *,
@@ -67,7 +69,7 @@ def _be_rank(
     parent: int,
     launcher: int,
 ) -> None:
-    """Becomes `python -m launch.train`, printing to the two files, and never returns."""
+    """Becomes `python -m program`, printing to the two files, and never returns."""
     code = 1
     try:
         while os.getppid() == parent:
@@ -80,7 +82,7 @@ def _be_rank(
             os.dup2(file, number)
             os.close(file)
         os.environ.update(environment)
-        code = train.main(arguments)
+        code = importlib.import_module(program).main(arguments)
     except BaseException:
         traceback.print_exc()
     train.leave(code)

@@ -17,7 +17,7 @@ from typing import Any
 
 from launch.folder import abandoned, running, variant_order
 from launch.history import cluster_of, cpu_of, engine_of, find_drops, hardware_of, model_of, shape_of, time_of
-from launch.table import LONGEST_TEXT, layout_kind, number_in, picked, short_layout, table_in, text_in
+from launch.table import LONGEST_TEXT, foretold_of, layout_kind, number_in, picked, short_layout, table_in, text_in
 from parallel.measure.record import CATEGORIES, Memory, Record, read_record
 
 ASSETS = (
@@ -148,6 +148,7 @@ def _run(identifier: str, record: Mapping[str, Any]) -> dict[str, Any]:
         **measured["throughput"],
         "step_parts": _step_parts(record["throughput"].get("step_parts")),
         "steps_left_out": _numbers(record["throughput"].get("steps_left_out")),
+        "foretold": foretold_of(record),
         "flops": measured["flops"],
         "memory": _memory(record["memory"]),
         "traffic": _traffic(record["traffic"]),

@@ -106,8 +106,22 @@ class Starter:
     def start(
         self, rank: int, world_size: int, port: int, folder: Path, options: Sequence[str], *, restarts: int = 0
     ) -> Rank:
-        """Starts launch.train on folder/recipe.toml. Rank 0 prints to a pipe; all else goes to the log of the rank."""
+        """Starts launch.train on folder/recipe.toml, as `start_program` does."""
         arguments = [str(folder / "recipe.toml"), "--out", str(folder.parent), *options]
+        return self.start_program("launch.train", arguments, rank, world_size, port, folder, restarts=restarts)
+
+    def start_program(
+        self,
+        program: str,
+        arguments: Sequence[str],
+        rank: int,
+        world_size: int,
+        port: int,
+        folder: Path,
+        *,
+        restarts: int = 0,
+    ) -> Rank:
+        """Starts a module of the lab, by its `main`. Rank 0 prints to a pipe; all else goes to the log of the rank."""
         environment = dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
         environment |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world_size))
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -120,9 +134,9 @@ class Starter:
                 stack.callback(os.close, stdout)
             process: subprocess.Popen[bytes] | Forked
             if self._forks:
-                process = self._fork([arguments, environment], [stdout, file.fileno()])
+                process = self._fork([program, list(arguments), environment], [stdout, file.fileno()])
             else:
-                command, stdin, stderr = ["launch.train", *arguments], subprocess.DEVNULL, file.fileno()
+                command, stdin, stderr = [program, *arguments], subprocess.DEVNULL, file.fileno()
                 process = self._popen(command, environment, stdin=stdin, stdout=stdout, stderr=stderr)
         return Rank(rank, process, log, output)
 

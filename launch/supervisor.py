@@ -27,6 +27,7 @@ GRACE_SECONDS = 5.0  # for the peers of a rank that died: they may have somethin
 EARLY_SECONDS = 30.0  # for the peers of a rank that ended as if all were done: rank 0 writes the record
 STACK_SECONDS = 3.0  # for the answer to "where are you?"
 SAVING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # those that launch.train heeds
+LIMIT = "train.time_limit_seconds"
 MAX_LOCAL_RANKS = 128  # where they are not forked, some 200 MB and two seconds of CPU time each before the first step
 
 
@@ -86,6 +87,41 @@ def supervise(
         raise AssertionError("at least one life")
     finally:
         os.close(held)
+
+
+def run_program(
+    program: str,
+    arguments: Sequence[str],
+    *,
+    n_ranks: int,
+    folder: Path,
+    limit_seconds: float,
+    starter: Starter,
+    echo: Callable[[str], None],
+) -> tuple[str, str] | None:
+    """Runs another module of the lab than launch.train, on ranks of this machine that log to folder/logs.
+
+    None where all ended well, else (status, reason). `echo` gets what rank 0 prints. Raises Interrupted. No process is
+    left when it returns or raises.
+    """
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    ranks: list[Rank] = []
+    failure: tuple[str, str] | None = None
+    deadline = time.monotonic() + limit_seconds
+    with _signals(()) as received:
+        try:
+            if not starter.prepare(lambda: bool(received) or time.monotonic() > deadline):
+                failure = _late(limit_seconds, "its imports were not done", limit="in all")
+            else:
+                with free_port() as port:
+                    for rank in range(n_ranks):
+                        ranks.append(starter.start_program(program, arguments, rank, n_ranks, port, folder))
+                    failure = _watch(ranks, limit_seconds, deadline, received, (), echo, limit="in all")
+        finally:
+            stop(ranks)
+        if received:
+            raise Interrupted(received[0].name)
+    return failure
 
 
 def _begin_life(folder: Path, life: int, world_size: int) -> None:
@@ -153,8 +189,8 @@ def _interrupted(received: list[signal.Signals]) -> tuple[str, str] | None:
     return ("failed", f"interrupted by {received[0].name}") if received else None
 
 
-def _late(limit_seconds: float, where: str) -> tuple[str, str]:
-    return "timeout", f"not done in {limit_seconds:g} s (train.time_limit_seconds): {where}"
+def _late(limit_seconds: float, where: str, *, limit: str = LIMIT) -> tuple[str, str]:
+    return "timeout", f"not done in {limit_seconds:g} s ({limit}): {where}"
 
 
 def _watch(
@@ -164,6 +200,8 @@ def _watch(
     received: list[signal.Signals],
     saving_signals: Sequence[signal.Signals],
     echo: Callable[[str], None] | None,
+    *,
+    limit: str = LIMIT,
 ) -> tuple[str, str] | None:
     """Waits until all ranks have ended well, and returns None; or until it is known why not: (status, reason)."""
     output = _Output(ranks[0], echo)
@@ -171,16 +209,16 @@ def _watch(
     record = folder / "record.json"
     first: Rank | None = None  # of those that failed
     early: Rank | None = None  # the first that ended as if all were done, before there was a record
-    handed_on, limit = False, deadline
+    handed_on, latest = False, deadline
     while True:
         output.copy(POLL_SECONDS)
         running = [rank for rank in ranks if rank.ended() is None]
         failed = [rank for rank in ranks if rank.ended()]
         if early is None and first is None and not failed and len(running) < len(ranks) and not record.exists():
             early = next(rank for rank in ranks if rank not in running)
-            limit, deadline = deadline, min(deadline, time.monotonic() + EARLY_SECONDS)
+            latest, deadline = deadline, min(deadline, time.monotonic() + EARLY_SECONDS)
         elif early and first is None and read_record(record)["status"] == "ok":  # rank 0 was a moment later
-            early, deadline = None, limit
+            early, deadline = None, latest
         if failed and first is None:
             # Of ranks that failed within one poll, one that a signal killed has had no time to follow another.
             first = min(failed, key=lambda rank: (rank.process.returncode > 0, rank.rank))
@@ -194,7 +232,7 @@ def _watch(
         if not running or time.monotonic() > deadline:
             break
     if first is None and early is None and running:
-        return _late(limit_seconds, _ask_where(running))
+        return _late(limit_seconds, _ask_where(running), limit=limit)
     output.copy(0)
     if received and first and first.process.returncode != STOPPED:  # it came before a rank could heed it
         return _interrupted(received)

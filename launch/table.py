@@ -36,6 +36,8 @@ COLUMNS = (
     ("loss", "diff", "max_abs_loss_diff", ">", 1),
     ("", "parity", "parity", "<", 1),
 )
+# Beside what was measured, where some row was foretold.
+FORETOLD_COLUMNS = (("fore-", "told s", "foretold_seconds", ">", 1), ("off", "%", "foretold_error", ">", 100))
 LEGEND = (
     "layout: ranks of the pipeline (pp), replicas (dp), weight shards (fsdp), context (cp) and tensor (tp)."
     " loss: of the last step. step s: median wall time of a step, warm-up excluded. CPU s: of all ranks together."
@@ -76,7 +78,7 @@ def picked(values: Any, kind: Any) -> dict[str, Any]:
 def row(record: Mapping[str, Any]) -> dict[str, Any]:
     """What the table shows of a record, as plain numbers; None where there is none."""
     last = record["steps"][-1] if record["steps"] else {}
-    measured = picked(record, Record)
+    measured, foretold = picked(record, Record), foretold_of(record)
     return {
         "name": str(record["recipe"].get("name"))[:200],
         **{key: record[key] for key in ("status", "reason", "kind")},
@@ -85,8 +87,30 @@ def row(record: Mapping[str, Any]) -> dict[str, Any]:
         **{key: number_in(last.get(key)) for key in ("loss", "grad_norm")},
         **{key: measured["throughput"][key] for key in ("step_seconds", "tokens_per_s", "cpu_seconds_per_step")},
         **{key: measured["flops"][key] for key in ("mfu", "mfu_causal", "hfu")},
+        "foretold_seconds": foretold["foretold_seconds"],
+        "foretold_error": foretold["error"],
         "peak_bytes": measured["memory"]["max_peak_bytes"],
         **{key: measured["parity"][key] for key in ("max_rel_grad_diff", "max_abs_loss_diff", "passed")},
+    }
+
+
+def foretold_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """{foretold_seconds, measured_seconds, error, of_cpu, cluster} of a measured run: of a step, or its CPU seconds on
+    CPUs, where wall time is other programs' too. None for what is not known; of a dry run nothing is.
+    """
+    prediction, speed = table_in(record["prediction"]), record["throughput"]
+    on_cpu = number_in(prediction.get("cpu_seconds_per_step"))
+    seconds = number_in(prediction.get("step_seconds")) if on_cpu is None else on_cpu
+    measured = number_in(table_in(speed.get("step_seconds")).get("median"))
+    measured = measured if on_cpu is None else number_in(speed.get("cpu_seconds_per_step"))
+    if record["kind"] == "dry-run" or not seconds or seconds <= 0:
+        return dict.fromkeys(("foretold_seconds", "measured_seconds", "error", "of_cpu", "cluster"))
+    return {
+        "foretold_seconds": seconds,
+        "measured_seconds": measured,
+        "error": seconds / measured - 1 if measured and measured > 0 else None,
+        "of_cpu": on_cpu is not None,
+        "cluster": text_in(prediction.get("cluster")),
     }
 
 
@@ -107,9 +131,13 @@ def layout_kind(layout: Mapping[str, Any]) -> str | None:
 def table(records: Sequence[Mapping[str, Any]], *, width: int = WIDTH) -> str:
     """The whole text: head, rows, reasons of those that did not end well, and what was compared."""
     rows = [_cells(record) for record in records]
-    columns, left_out = list(COLUMNS), []
+    columns, left_out, spared = list(COLUMNS), [], list(SPARE)
+    if any(foretold_of(record)["foretold_seconds"] for record in records):
+        place = next(i for i, column in enumerate(columns) if column[2] == "cpu_seconds_per_step") + 1
+        columns[place:place] = FORETOLD_COLUMNS
+        spared.remove("cpu_seconds_per_step")  # which is what is foretold on a CPU
     widths = _widths(columns, rows)
-    for spare in SPARE:
+    for spare in spared:
         if sum(min(each, NAME_WIDTH) for each in widths[:2]) + sum(widths[2:]) + len(widths) - 1 <= width:
             break
         column = next(column for column in columns if column[2] == spare)
@@ -128,7 +156,8 @@ def table(records: Sequence[Mapping[str, Any]], *, width: int = WIDTH) -> str:
         lines.append((" " * gap).join(fitted).rstrip())
     lines.insert(2, "-" * (sum(widths) + gap * (len(widths) - 1)))
     below = [text for record in records if (text := remark_on(record, width=width))]
-    notes = [*_without_peak(records), *_noted_proofs(records), *_foretold(records), *map(goodput_in_words, records)]
+    notes = [*_without_peak(records), *_noted_proofs(records), *_foretold(records), *_how_well_foretold(records)]
+    notes += map(goodput_in_words, records)
     below += [_wrapped(text, width=width) for text in notes if text]
     about = [_compared(records), LEGEND]
     if left_out:
@@ -168,6 +197,20 @@ def _foretold(records: Sequence[Mapping[str, Any]]) -> list[str]:
             names.setdefault(cluster, []).append(_name(record)[:60])
     note = "not run; step s, MFU and HFU are foretold for cluster"
     return [f"{', '.join(of_cluster)}: {note} {cluster}" for cluster, of_cluster in names.items()]
+
+
+def _how_well_foretold(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of rows that were both foretold and measured: by how much the one is off the other, a cluster at a time."""
+    errors: dict[tuple[str, bool], list[float]] = {}
+    for record in records:
+        if (of := foretold_of(record))["error"] is not None:
+            errors.setdefault((str(of["cluster"])[:60], of["of_cpu"]), []).append(abs(of["error"]))
+    return [
+        f"foretold for cluster {cluster}: {'CPU seconds' if of_cpu else 'seconds'} of a step, off by"
+        f" {100 * sum(each) / len(each):.1f} % in the mean of {len(each)} row{'s' * (len(each) > 1)},"
+        f" at most {100 * max(each):.1f} %"
+        for (cluster, of_cpu), each in errors.items()
+    ]
 
 
 def goodput_in_words(record: Mapping[str, Any]) -> str:
@@ -213,7 +256,7 @@ def _cells(record: Mapping[str, Any]) -> dict[str, str]:
     parity = {True: "passed", False: "FAILED", None: "-"}[shown["passed"]]
     shown["name"], shown["step_median"] = _name(record), shown["step_seconds"]["median"]
     shown["parity"] = parity if shown["status"] == "ok" else shown["status"]  # the reason stands below the table
-    return {key: _cell(key, shown[key], scale) for _, _, key, _, scale in COLUMNS}
+    return {key: _cell(key, shown[key], scale) for _, _, key, _, scale in (*COLUMNS, *FORETOLD_COLUMNS)}
 
 
 def _cell(key: str, value: Any, scale: float) -> str:
@@ -221,6 +264,8 @@ def _cell(key: str, value: Any, scale: float) -> str:
         return "-" if value is None else value
     if key in ("max_rel_grad_diff", "max_abs_loss_diff"):
         return f"{value:.1e}"
+    if key == "foretold_error":
+        return f"{scale * value:+.1f}"
     return f"{value:.4f}" if key == "loss" and abs(value) < 1e4 else three_digits(scale * value)
 
 

@@ -755,9 +755,9 @@ def test_settings_may_be_written_either_way_and_the_command_line_has_the_last_wo
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ([], "give a command: check, run, dry-run, plan, compare, report"),
+        ([], "give a command: check, run, dry-run, plan, calibrate, compare, report"),
         (["chekc", "base.toml"], "unknown command 'chekc'; did you mean check?"),
-        (["calibrate", "base.toml"], "unknown command 'calibrate'; known: check, run, dry-run, plan, compare, report"),
+        (["tune", "base.toml"], "unknown command 'tune'; known: check, run, dry-run, plan, calibrate, compare, report"),
         (["run"], "the following arguments are required: RECIPE"),
         (["run", "base.toml", "--sett", "a=b"], "unknown argument '--sett' of lab run; did you mean --set?"),
         (

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 
 from launch.commands.check import comparison_with_data
-from launch.compare import Comparison, on_one_device, predict, run_comparison, visible_gpus
+from launch.compare import Comparison, foretell, lay_beside, on_one_device, predict, run_comparison, visible_gpus
 from launch.folder import held_alone
 from launch.page import write_page
 from launch.room import refuse_without_room
@@ -25,6 +25,7 @@ from launch.terminal import (
     set_labels,
 )
 from launch.trackers import track_comparison
+from parallel.foresight.clusters import load_cluster
 from parallel.measure.record import record_json
 from parallel.recipe import RecipeError
 
@@ -34,6 +35,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("comparison", metavar="COMPARISON", help="a TOML file; see recipes/compare/")
     add("--resume", action="store_true", help="keep what an interrupted call has done with the same recipes and code")
     add("--predict", action="store_true", help="dry-run every variant, too: the page shows predicted beside measured")
+    where = "foretell each step there, and show it beside the measured one: as here.toml of lab calibrate, or cpu"
+    add("--cluster", metavar="CLUSTER", help=where)
     add_settings(parser)
     add_rank_options(parser)
     add_force_option(parser)
@@ -48,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     comparison = on_one_device(comparison_with_data(arguments.comparison, arguments.set), n_gpus=n_gpus, say=say)
     if not arguments.force:
         _refuse_without_room(comparison, arguments.comparison, n_gpus=n_gpus, say=say)
+    foretold = {} if arguments.cluster is None else foretell(comparison, load_cluster(arguments.cluster))
     folder = arguments.out / comparison.name
     with held_alone(folder):
         try:
@@ -62,8 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
                 )
         except Interrupted as signal:
             raise Interrupted(f"{signal}; --resume goes on with what is left") from None
+        lay_beside(records, foretold, folder=folder)
         if arguments.predict:
-            predict(comparison, out=arguments.out, say=say)
+            predict(comparison, foretold=foretold, out=arguments.out, say=say)
         (folder / "table.txt").write_text(f"{table(records)}\n", encoding="utf-8")
         write_page(folder, folder / "page.html")
     print(record_json([row(record) for record in records]) if arguments.json else f"\n{table_for(sys.stdout, records)}")

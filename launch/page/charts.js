@@ -73,6 +73,39 @@ function speedChart(runs) {
   });
 }
 
+/** The step as a closed form had it, beside the measured one; null where no run was foretold. */
+function foretoldChart(runs) {
+  const known = runs.filter(({ foretold }) => foretold.foretold_seconds !== null);
+  if (!known.length) return null;
+  const errors = known.map(({ foretold }) => percent(foretold.error));
+  const sizes = numbers(errors).map(Math.abs);
+  const seconds = known.flatMap(({ foretold }) => [foretold.foretold_seconds, foretold.measured_seconds]);
+  const [unit, size] = timeUnit(seconds);
+  const format = formatter(seconds.map((value) => value && value / size));
+  const rows = known.map((run, i) => {
+    const { foretold_seconds: told, measured_seconds: measured } = run.foretold;
+    const mark = (x, y, height) => [
+      ...(measured === null ? [] : [block(x(0), y, x(measured / size) - x(0), height - 6, 0, `measured ${format(measured / size)} ${unit}`)]),
+      block(x(0), y + height - 5, x(told / size) - x(0), 4, 1, `foretold ${format(told / size)} ${unit}`),
+    ];
+    return { run, lines: [{ mark, cells: [errors[i] === null ? "–" : `${signed(errors[i])} %`, measured === null ? "–" : format(measured / size), format(told / size)] }] };
+  });
+  const what = known.some(({ foretold }) => foretold.of_cpu) ? "CPU seconds of a step, of all ranks" : "Seconds of a step";
+  const where = few(unique(known.map(({ foretold }) => foretold.cluster)), "clusters");
+  const how = sizes.length ? ` Off by ${axisFormat.format(sum(sizes) / sizes.length)} % in the mean of ${plural(sizes.length, "row")}, at most ${axisFormat.format(most(sizes))} %.` : "";
+  return figure({
+    id: "foretold",
+    title: "Foretold and measured",
+    about: `${what}: as measured, and as the closed form had it for the cluster ${where}.${how}`,
+    key: [[0, "measured"], [() => shape("g", {}, block(0, 4, 22, 4, 1)), "thin bar: foretold"]],
+    draw: (width) => rowChart(width, { rows, columns: ["off", "measured", "foretold"], unit: `${unit} per step`, most: largest(seconds) / size, lineHeight: 20 }),
+    table: () => ({
+      head: ["run", `measured, ${unit}`, `foretold, ${unit}`, "off by, %", "cluster"],
+      rows: known.map(({ name, foretold }, i) => [name, foretold.measured_seconds && foretold.measured_seconds / size, foretold.foretold_seconds / size, errors[i], foretold.cluster]),
+    }),
+  });
+}
+
 /** Lines of stacked bars, each with its prediction, where there is one, as a thin bar beneath it.
  *
  * linesOf(run): [{measured, predicted, tag}], each a stack {segments: [[series, value, what]], total, atLeast} or null.

@@ -17,6 +17,8 @@ const COLUMNS = [ // better: which end of a column is the good one, if one is
   { key: "tokens_per_s", head: "speed\ntokens/s", number: (run) => run.tokens_per_s, better: "high" },
   { key: "step_seconds", head: "step\ns", number: (run) => run.step_seconds.median, better: "low" },
   { key: "cpu_seconds_per_step", head: "CPU\ns/step", number: (run) => run.cpu_seconds_per_step, better: "low" },
+  { key: "foretold", head: "foretold\ns", number: (run) => run.foretold.foretold_seconds, rare: true },
+  { key: "off", head: "off\n%", number: (run) => percent(run.foretold.error), format: signed, rare: true },
   { key: "peak_bytes", head: "peak", number: (run) => run.memory && peakOf(run) / BYTES[1], better: "low" },
   { key: "loss", head: "last\nloss", number: (run) => run.loss, format: (loss) => loss.toFixed(4) },
   { key: "grad_diff", head: "gradient\ndifference", number: (run) => run.parity.max_rel_grad_diff, format: scientific },
@@ -56,6 +58,7 @@ function splitColumns(runs) {
   const grouped = !state.sort && DATA.groups.length > 1; // the head of a group says what is flat
   const same = [];
   const telling = others.filter((column) => {
+    if (column.rare && runs.every((run) => column.number(run) === null)) return false; // was not asked for
     const text = runs.length ? inCell(column, runs[0]) : undefined;
     const tells = runs.some((run) => inCell(column, run) !== text); // most columns do so within a few rows
     if (runs.length < 2 ? !column.flat : tells || column.key === state.sort) return !(column.flat && grouped && !["devices", "engine"].includes(column.key));
@@ -208,7 +211,7 @@ function drawCharts() {
     $("#charts .unmeasured").replaceChildren();
     return;
   }
-  const charts = [parityChart, utilisationChart, speedChart, memoryChart, trafficChart, hostsChart, stepChart, lossChart, bubbleChart, timelineChart];
+  const charts = [parityChart, utilisationChart, speedChart, foretoldChart, memoryChart, trafficChart, hostsChart, stepChart, lossChart, bubbleChart, timelineChart];
   const plans = [memoryChart, trafficChart, hostsChart, bubbleChart]; // nothing else is known of what was not run
   place((runs.some(isMeasured) ? charts : plans).map((chart) => chart(runs)).filter(Boolean), $("#charts .grid"), $("#charts .unmeasured"));
 }
@@ -406,7 +409,8 @@ function startControls() {
   $("#legend").textContent =
     "Layout: ranks of the pipeline (pp), replicas (dp), weight shards (fsdp), context (cp) and tensor (tp). Step: median wall time, warm-up left out. " +
     "MFU counts attention in full, causal by half, as the mask leaves it; HFU counts what ran, so that MFU may be above it and causal may not. " +
-    "Gradient difference: the largest ‖g − g_ref‖ / ‖g_ref‖ of any parameter against one process, in float64 (DeepSpeed has float32); at most 1e-10 (1e-5) is passed. Bold: the best of a column. A dash: not measured.";
+    "Gradient difference: the largest ‖g − g_ref‖ / ‖g_ref‖ of any parameter against one process, in float64 (DeepSpeed has float32); at most 1e-10 (1e-5) is passed. Bold: the best of a column. A dash: not measured." +
+    (RUNS.some((run) => run.foretold.foretold_seconds !== null) ? " Foretold: a step by a closed form, on CPUs its CPU seconds; off: by how much of what was measured." : "");
 }
 
 function startTheme() {

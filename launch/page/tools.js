@@ -72,6 +72,7 @@ function timeUnit(values) {
 const scientific = (value) => (value === 0 ? "0" : value.toExponential(1));
 const day = (time) => (time && !Number.isNaN(Date.parse(time)) ? new Date(time).toISOString().slice(0, 16).replace("T", " ") : null);
 const commitOf = (run) => run.environment.git_commit && String(run.environment.git_commit).replace(/^([0-9a-f]{7})[0-9a-f]+/, "$1");
+const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(1)}`;
 const percent = (value) => (isNumber(value) ? value * 100 : null);
 // A peak that was itself measured is the ceiling, or this rank's share of it where ranks share cores.
 const ceilingOf = ({ flops }) => {

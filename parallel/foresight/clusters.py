@@ -6,14 +6,15 @@ again: parallel/measure/accelerators.toml has them by its name.
 
 import dataclasses
 import difflib
+import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from parallel.foresight.constants import Generation
+from parallel.foresight.constants import CONSTANTS, Generation
 from parallel.foresight.price import TILE, Rates
 from parallel.measure.accelerators import ACCELERATORS, Peak, peak_flops
 from parallel.recipe import RecipeError, read_toml
@@ -42,12 +43,27 @@ class Links(Section):
 
     inside_gb_per_s: float = option(0.0, "in a node, 10^9 bytes/s", minimum=0.001)
     inside_us: float = option(40.0, "in a node, microseconds", minimum=0)
+    inside_ranks: int = option(0, "among how many, where that grows with them, as on CPUs; 0: it does not", minimum=0)
     across_gb_per_s: float = option(
         0.0, "one rank's share of the node's network, each way, 10^9 bytes/s", minimum=0.001
     )
     across_us: float = option(60.0, "between nodes, microseconds", minimum=0)
     origin: Origin = option("assumed", "where these are from")
     source: str = option("", "the same in words")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collectives(Section):
+    """[collectives]: other messages, beside an all-reduce: seconds of a byte that travels, and of an empty one."""
+
+    gather_bytes: float = option(1.0, "of an all-gather", minimum=0)
+    gather_start: float = option(1.0, "an empty one", minimum=0)
+    scatter_bytes: float = option(1.0, "of a reduce-scatter", minimum=0)
+    scatter_start: float = option(1.0, "an empty one", minimum=0)
+    exchange_bytes: float = option(1.0, "of an all-to-all", minimum=0)
+    exchange_start: float = option(1.0, "an empty one", minimum=0)
+    send_bytes: float = option(2.0, "from rank to rank, one way", minimum=0.01)
+    send_us: float = option(20.0, "an empty one, microseconds", minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +74,7 @@ class Software(Section):
     attention_gain: float = option(
         1.0, "rate of its attention, held against kernels of the second generation", minimum=0.01, maximum=10
     )
+    attention_tokens: float = option(512.0, "of a sequence at which attention reaches half its rate", minimum=0)
     launches: float = option(40.0, "kernels in a block's forward", minimum=0)
     launch_us: float = option(8.0, "of the host, for each", minimum=0)
     operator_share: float = option(1.3, "bytes that pass between products, of what one kernel each would", minimum=0)
@@ -65,6 +82,8 @@ class Software(Section):
     tensor_hidden: float = option(0.0, "part of tp's messages that products hide", minimum=0, maximum=1)
     pipeline_hidden: float = option(0.0, "part of the pipeline's messages that is hidden", minimum=0, maximum=1)
     data_hidden: float = option(1.0, "part of weights' and gradients' messages that can hide", minimum=0, maximum=1)
+    gather_launches: float = option(0.0, "that a message of FSDP takes of a host, in launches; on CPUs", minimum=0)
+    stage_launches: float = option(0.0, "that a pipeline's stage and microbatch take, each way; on CPUs", minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +95,10 @@ class Cluster:
     device: Device
     links: Links
     software: Software
+    collectives: Collectives = field(default_factory=Collectives)
+    # By which the constants of the closed form are multiplied here, and PROGRAM by which all seconds are: what lab
+    # calibrate found.
+    constants: Mapping[str, float] = field(default_factory=dict)
 
     def peak(self, dtype: str) -> Peak:
         """Of one rank's device. On a CPU its best product is the peak, as in a measured run."""
@@ -102,11 +125,13 @@ class Cluster:
             node_ranks=2**24 if self.accelerator == "cpu" else self.ranks_per_node,
             inside_bytes_per_s=links.inside_gb_per_s * 1e9,
             inside_seconds=links.inside_us * 1e-6,
+            inside_ranks=links.inside_ranks,
             across_bytes_per_s=links.across_gb_per_s * 1e9,
             across_seconds=links.across_us * 1e-6,
             # Attention's kernels for 8 bits are not in use: its rate is of 16.
             attention_gain=software.attention_gain
             * ((self.matmul_flops("bfloat16") or flops) / flops if dtype == "float8" else 1),
+            attention_tokens=software.attention_tokens,
             launch_seconds=software.launch_us * 1e-6,
             launches=software.launches,
             operator_share=software.operator_share,
@@ -114,6 +139,11 @@ class Cluster:
             tensor_hidden=software.tensor_hidden,
             pipeline_hidden=software.pipeline_hidden,
             data_hidden=software.data_hidden,
+            gather_launches=software.gather_launches,
+            stage_launches=software.stage_launches,
+            synchronous=int(self.accelerator == "cpu"),
+            send_seconds=self.collectives.send_us * 1e-6,
+            **{key: value for key, value in vars(self.collectives).items() if key != "send_us"},
         )
 
 
@@ -125,8 +155,9 @@ PROFILES: dict[str, dict[str, Any]] = _packaged("software.toml")
 CATALOGUE = sorted(
     path.name.removesuffix(".toml") for path in files("parallel.foresight").joinpath("catalogue").iterdir()
 )
-TABLES = {"device": Device, "links": Links, "software": Software}
-KEYS = ("name", "accelerator", "ranks_per_node", "memory_gib", *TABLES)
+TABLES = {"device": Device, "links": Links, "collectives": Collectives, "software": Software}
+KEYS = ("name", "accelerator", "ranks_per_node", "memory_gib", *TABLES, "constants")
+PROGRAM = "program"  # the constant that multiplies all seconds, common to the runs of one program on one machine
 
 
 def load_cluster(name_or_path: str) -> Cluster:
@@ -174,7 +205,40 @@ def cluster_from_tables(tables: Mapping[str, Any], *, default_name: str) -> Clus
         raise RecipeError("memory_gib", memory, "give the memory of one accelerator in GiB, as 80")
     if not isinstance(called, str) or not called.isprintable() or not 0 < len(called) <= 100:
         raise RecipeError("name", called, "give a short line of text")
-    return Cluster(name=called, accelerator=accelerator, ranks_per_node=ranks, memory_gib=float(memory), **read)
+    return Cluster(
+        name=called,
+        accelerator=accelerator,
+        ranks_per_node=ranks,
+        memory_gib=float(memory),
+        **read,
+        constants=_factors(tables.get("constants", {})),
+    )
+
+
+def _factors(table: Any) -> dict[str, float]:
+    if not isinstance(table, dict):
+        raise RecipeError("constants", table, "is a section; write [constants] with keys below it")
+    for key, value in table.items():
+        _refuse_unknown(key, value, [*CONSTANTS, PROGRAM], prefix="constants.")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0.01 <= value <= 100:
+            raise RecipeError(f"constants.{key}", value, "give a factor of the fitted constant, as 1.1")
+    return {key: float(value) for key, value in table.items()}
+
+
+def cluster_toml(cluster: Cluster, *, head: str) -> str:
+    """A file that `load_cluster` reads as this one. head: a line that says how it was made."""
+    lines = [f"# {head}", "", f"name = {json.dumps(cluster.name)}", f"accelerator = {json.dumps(cluster.accelerator)}"]
+    lines += [f"ranks_per_node = {cluster.ranks_per_node}", f"memory_gib = {cluster.memory_gib:.6g}"]
+    for section in TABLES:
+        lines += ["", f"[{section}]"]
+        lines += [f"{key} = {_written(value)}" for key, value in vars(getattr(cluster, section)).items()]
+    lines += ["", "[constants]  # factors of those in parallel/foresight/constants.toml; program: of all seconds"]
+    lines += [f"{key} = {_written(value)}" for key, value in cluster.constants.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _written(value: Any) -> str:
+    return json.dumps(float(f"{value:.6g}") if isinstance(value, float) else value)
 
 
 def _refuse_unknown(key: str, value: Any, known: "tuple[str, ...] | list[str]", *, prefix: str = "") -> None:

@@ -29,11 +29,11 @@ def own_operators(w: Workload) -> Operators:
     exchanges = w.all_to_all * (w.cp > 1)
     once = 1 * (w.n_microbatches > 1) * (w.recomputes == 0) * half * (1 - sharded)  # weights are cast once a step
 
-    computes = 59 + half * np.where(sharded == 1, 4, 13) + (18 + 14 * w.sequence_parallel) * tp
+    computes = 53 + half * np.where(sharded == 1, 4, 13) + (18 + 14 * w.sequence_parallel) * tp
     computes = computes + ring * (14 + 15 * (w.cp - 1)) + gathers * 50 + exchanges * 22 + 24 * (1 - w.flash)
     again = w.again_rest * (computes - 3 - 6 * w.saves_products - w.saves_attention)
     forward = computes + 14 * passes[0] - 7 * once
-    backward = 112 + half * np.where(sharded == 1, 6, 7) + 2 * tp + 6 * sp
+    backward = 108 + half * np.where(sharded == 1, 6, 7) + 2 * tp + 6 * sp
     backward = backward + 13 * passes[1] + 12 * passes[2]
     backward = backward + ring * (24 + 22 * (w.cp - 1)) + gathers * 76 + exchanges * 22 + 32 * (1 - w.flash)
     backward = backward + again + 18 * w.splits_backward - 17 * replicas
@@ -42,7 +42,7 @@ def own_operators(w: Workload) -> Operators:
     dtensors = 1 * (sharded + tp > 0)
     layers = w.n_layers / w.pp
     alone = 1 - 1 * (w.dp_replicate * w.dp_shard * w.cp > 1) * (1 - sharded)  # gradients come anew, not into buckets
-    step = 20 + 15 * dtensors + layers * (27 + 45 * dtensors - 9 * alone + 7 * once + 18 * replicas)
+    step = 20 + 15 * dtensors + layers * (36 + 52 * dtensors - (18 + 7 * dtensors) * alone + 7 * once + 18 * replicas)
     return Operators(forward, backward, ends, step)
 
 
@@ -68,16 +68,15 @@ def own_bytes(w: Workload, *, tokens: Number) -> Bytes:
     once = 1 * (w.n_microbatches > 1) * (w.recomputes == 0)
     casts = half * (1 - sharded) * 6 * np.where(once == 1, 1 / w.n_microbatches, 1)  # of weights, forward
     fresh = np.where(sharded == 1, w.reduce_scatters, 1) / w.n_microbatches  # gradients that are added to none
-    added = 12 * np.where(w.buckets == 1, 1, 1 - fresh)
+    added = 12 * (1 - fresh) + np.where(w.buckets == 1, 8 * fresh, 0)  # into a bucket they are copied
     of_weight = (
         casts + sharded * 2 * e * w.forward_gathers / w.n_microbatches,
         sharded * (2 * e * w.backward_gathers + (e + 4) * w.reduce_scatters) / w.n_microbatches
         + (1 - sharded) * 6 * half
         + added,
     )
-    rotated = (40 + 12 * half) * turned
-    forward = 10 * e * resident + copies + rotated + 5 * e * hidden
-    backward = 16 * e * resident + 9 * e * stream + copies + rotated + 9 * e * hidden
+    forward = 10 * e * resident + copies + (28 + 12 * half) * turned + 5 * e * hidden
+    backward = 16 * e * resident + 9 * e * stream + copies + (36 + 12 * half) * turned + 9 * e * hidden
     # A ring adds up in float32 what each piece gives: of the first for all queries, of the others for half of them.
     ring, pieces = w.ring * (w.cp > 1), 1 + (w.cp - 1) / 2
     queries, keys = (tokens * heads * w.head_dim / w.tp for heads in (w.n_heads, 2 * w.n_kv_heads))

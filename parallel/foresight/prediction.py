@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from parallel.foresight.clusters import Cluster
+from parallel.foresight.clusters import PROGRAM, Cluster
 from parallel.foresight.constants import spreads_of, values_of
 from parallel.foresight.price import COMMUNICATION, COMPUTE, Links, hop_seconds, price
 from parallel.foresight.replay import Walk
@@ -55,6 +55,7 @@ class Prediction:
     method: str  # in words
     step_seconds: float
     closed_form_seconds: float  # of the same step
+    cpu_seconds_per_step: float | None  # of all ranks of a cluster of CPUs
     low_seconds: float  # of the interval that should hold 90 % of such runs
     high_seconds: float
     terms: tuple[Term, ...]
@@ -84,9 +85,15 @@ class Prediction:
         record["flops"] |= {
             key: getattr(self, key) for key in ("mfu", "mfu_causal", "hfu", "peak_flops", "peak_source")
         }
-        record["prediction"] = {
+        record["prediction"] = self.as_json()
+
+    def as_json(self) -> dict[str, Any]:
+        """As `prediction` in a record has it: of a dry run, or beside what a run has measured."""
+        return {
             "cluster": self.cluster,
             "method": self.method,
+            "step_seconds": self.step_seconds,
+            "cpu_seconds_per_step": self.cpu_seconds_per_step,
             "closed_form_seconds": self.closed_form_seconds,
             "low_seconds": self.low_seconds,
             "high_seconds": self.high_seconds,
@@ -104,13 +111,16 @@ def predict(recipe: Recipe, cluster: Cluster, walk: Walk | None = None) -> Predi
     work = of_recipe(recipe)
     closed = {name: float(seconds) for name, seconds in parts_of(work, cluster, recipe.train.dtype).items()}
     parts, method = closed, "closed form"
-    if walk is not None and recipe.train.compile == "none":
+    if walk is not None and cluster.accelerator == "cpu":
+        method = "closed form: what a dry run walks through is priced on the streams of a GPU"
+    elif walk is not None and recipe.train.compile == "none":
         parts, method = walked_parts(walk, work, cluster, recipe.train.dtype), "operators of a dry run"
     elif walk is not None:
         method = "closed form: what torch.compile fuses is not what a dry run walks through"
     seconds = sum(parts.values())
     sensitive = sensitivity(work, cluster, recipe.train.dtype)
     deviation = float(corrected(covariance(sensitive, [{}]), {})[1][0])
+    cpu_seconds = float(cpu_seconds_of(work, cluster, recipe.train.dtype)) if cluster.accelerator == "cpu" else None
     peak = cluster.peak(recipe.train.dtype)
     tokens, ranks = recipe.train.global_batch * recipe.train.seq_len, recipe.world_size
     possible = None if peak.flops is None else seconds * peak.flops * cores_share(cluster, ranks) * ranks / tokens
@@ -122,6 +132,7 @@ def predict(recipe: Recipe, cluster: Cluster, walk: Walk | None = None) -> Predi
         method=method,
         step_seconds=seconds,
         closed_form_seconds=sum(closed.values()),
+        cpu_seconds_per_step=cpu_seconds,
         low_seconds=seconds * math.exp(-NINETY * deviation),
         high_seconds=seconds * math.exp(NINETY * deviation),
         terms=tuple(Term(name=k, seconds=v, rate_from=_rate_from(k, cluster)) for k, v in parts.items()),
@@ -139,20 +150,7 @@ def parts_of(
     work: Workload, cluster: Cluster, dtype: str, factors: Mapping[str, float] | None = None
 ) -> dict[str, Number]:
     """Seconds by part. factors: by which constants are multiplied."""
-    values = values_of(cluster.device.generation)
-    parts = price(work, cluster.rates(dtype), {k: v * (factors or {}).get(k, 1.0) for k, v in values.items()})
-    return _on_shared_cores(parts, work, cluster)
-
-
-def walked_parts(walk: Walk, work: Workload, cluster: Cluster, dtype: str) -> dict[str, float]:
-    """Seconds by part, operator by operator."""
-    rates, constants = cluster.rates(dtype), values_of(cluster.device.generation)
-    hop = float(hop_seconds(work, rates, Links(rates, constants)))
-    parts = _on_shared_cores(walk.seconds(rates, constants, hop=hop), work, cluster)
-    return {name: float(seconds) for name, seconds in parts.items()}
-
-
-def _on_shared_cores(parts: dict[str, Number], work: Workload, cluster: Cluster) -> dict[str, Number]:
+    parts = _priced(work, cluster, dtype, factors or {}, mean=False)
     if cluster.accelerator != "cpu":
         return parts
     # Ranks of a CPU share its cores: when one idles, another goes on.
@@ -160,6 +158,41 @@ def _on_shared_cores(parts: dict[str, Number], work: Workload, cluster: Cluster)
     busy = sum(seconds for name, seconds in parts.items() if name != "bubble")
     idle = np.maximum(busy + parts["bubble"] - share * busy, 0)
     return {name: seconds * share for name, seconds in parts.items()} | {"bubble": idle}
+
+
+def cpu_seconds_of(work: Workload, cluster: Cluster, dtype: str, factors: Mapping[str, float] | None = None) -> Number:
+    """CPU seconds of a step, over all ranks of a cluster of CPUs, as `throughput.cpu_seconds_per_step` measures them.
+
+    What ranks compute, launch and send; who waits takes none.
+    """
+    parts = _priced(work, cluster, dtype, factors or {}, mean=True)
+    return work.world_size * sum(seconds for name, seconds in parts.items() if name != "bubble")
+
+
+def _priced(
+    work: Workload, cluster: Cluster, dtype: str, factors: Mapping[str, float], *, mean: bool
+) -> dict[str, Number]:
+    if cluster.accelerator == "cpu":  # where operators are not counted one by one: lab calibrate measures a block's
+        work = dataclasses.replace(work, own=0)
+    parts = price(work, cluster.rates(dtype), _constants(cluster, factors), mean=mean)
+    return {name: seconds * _factor(cluster, factors, PROGRAM) for name, seconds in parts.items()}
+
+
+def walked_parts(walk: Walk, work: Workload, cluster: Cluster, dtype: str) -> dict[str, float]:
+    """Seconds by part, operator by operator."""
+    rates, constants = cluster.rates(dtype), _constants(cluster, {})
+    hop = float(hop_seconds(work, rates, Links(rates, constants)))
+    parts = walk.seconds(rates, constants, hop=hop)
+    return {name: float(seconds) * _factor(cluster, {}, PROGRAM) for name, seconds in parts.items()}
+
+
+def _constants(cluster: Cluster, factors: Mapping[str, float]) -> dict[str, float]:
+    values = values_of(cluster.device.generation)
+    return {name: value * _factor(cluster, factors, name) for name, value in values.items()}
+
+
+def _factor(cluster: Cluster, factors: Mapping[str, float], name: str) -> float:
+    return cluster.constants.get(name, 1.0) * factors.get(name, 1.0)
 
 
 def sensitivity(work: Workload, cluster: Cluster, dtype: str) -> np.ndarray[Any, Any]:

@@ -36,9 +36,11 @@ class Rates:
     node_ranks: Number  # that share fast links
     inside_bytes_per_s: Number  # bus bandwidth of large collectives in a node
     inside_seconds: Number  # what one takes before its first byte
+    inside_ranks: Number = 0  # among how many, where that grows with them, as on CPUs; 0: where it does not
     across_bytes_per_s: Number  # of one rank's share of its node's network
     across_seconds: Number
     attention_gain: Number  # of its fused attention over kernels of the second generation
+    attention_tokens: Number = 512  # of a sequence at which that reaches half its rate
     launch_seconds: Number  # of the host, for each kernel
     launches: Number  # kernels in a block's forward
     operator_share: Number  # bytes that pass between products, of those of eager code
@@ -46,13 +48,29 @@ class Rates:
     tensor_hidden: Number  # part of tensor parallelism's messages that travels while products run
     pipeline_hidden: Number  # the same of the pipeline's
     data_hidden: Number  # the same of weights and gradients, where they overlap
+    # Of other messages than all-reduces: seconds a byte, and of an empty one, beside those of an all-reduce.
+    gather_bytes: Number = 1.0
+    gather_start: Number = 1.0
+    scatter_bytes: Number = 1.0
+    scatter_start: Number = 1.0
+    exchange_bytes: Number = 1.0  # all-to-all
+    exchange_start: Number = 1.0
+    send_bytes: Number = 2.0  # from rank to rank, one way
+    send_seconds: Number = 20e-6
+    # A CPU launches what it computes itself: nothing hides behind anything, and what a strategy does in Python counts.
+    synchronous: Number = 0
+    gather_launches: Number = 0  # of FSDP, for each message of weights or gradients
+    stage_launches: Number = 0  # of a pipeline, for each microbatch that a stage takes forward or backward
 
 
 Constants = Mapping[str, Number]  # by name: constants.toml says what each is
 
 
-def price(w: Workload, r: Rates, k: Constants) -> dict[str, Number]:
-    """Seconds of each of PARTS in a step; they add up to the step."""
+def price(w: Workload, r: Rates, k: Constants, *, mean: bool = False) -> dict[str, Number]:
+    """Seconds of each of PARTS in a step; they add up to the step.
+
+    mean: of the mean over ranks, in place of the busiest one: what all of them do, over how many they are.
+    """
     link = Links(r, k)
     messages = _block_messages(w, r, k, link)
     block, head, own = _block(w, r, k, messages), _output_and_loss(w, r, k), own_operators(w)
@@ -60,12 +78,14 @@ def price(w: Workload, r: Rates, k: Constants) -> dict[str, Number]:
     # The host that is ahead when the output is computed is so in backward, too.
     layers = w.n_layers / w.pp
     backward = layers * (block.backward - block.backward_waits + messages.tensor_backward + messages.context_backward)
-    after_head = _waits(head + backward, host * (own.ends + layers * own.backward))
+    after_head = _waits(r, head + backward, host * (own.ends + layers * own.backward))
     head_waits = np.where(w.own == 1, after_head - layers * block.backward_waits, 0)
 
     # A microbatch through the busiest rank; and through the others, for which that waits once.
     layer = block.forward + block.backward + sum(messages)
     layers, has_head = layers_of_busiest(w, head_in_layers=(head + head_waits) / layer)
+    if mean:
+        layers, has_head = w.n_layers / w.pp, 1 / w.pp
     busy = layers * layer + has_head * (head + head_waits)
     others = np.maximum(w.n_layers * layer + head + head_waits - busy, 0)
     tables = has_head * np.where(w.own == 1, tables_of(w), 1)
@@ -73,20 +93,27 @@ def price(w: Workload, r: Rates, k: Constants) -> dict[str, Number]:
     # Bytes of AdamW and clipping, in float32.
     optimizer = 50 * weights / np.where(w.shards_state == 1, _shards(w), 1) / memory_rate(r)
 
+    # What a CPU alone notices: the work of strategies, and two small messages of a loss and of a step.
+    work_of_host = r.synchronous * _strategy_launches(w, r, k, groups=layers + 2 * has_head)
+    loss = r.synchronous * 2 * link.all_reduce(0.0, ranks=w.tp, stride=1)
+    step = r.synchronous * 2 * link.all_reduce(0.0, ranks=w.world_size, stride=1)
+
     m = w.n_microbatches
     return {
         "products": m * layers * block.products,
         "attention": m * layers * block.attention,
         "other_operators": m * layers * block.operators,
         "output_and_loss": m * has_head * head,
-        "launches": m * (layers * block.waits + has_head * head_waits) + _waits(optimizer, host * own.step),
+        "launches": m * (layers * block.waits + has_head * head_waits)
+        + _waits(r, optimizer, host * own.step)
+        + work_of_host,
         "tensor_messages": m
-        * (layers * (messages.tensor_forward + messages.tensor_backward) + has_head * messages.tensor_forward),
+        * (layers * (messages.tensor_forward + messages.tensor_backward) + has_head * (messages.tensor_forward + loss)),
         "context_messages": m * layers * (messages.context_forward + messages.context_backward),
-        "data_messages": _data_messages(w, r, k, link, weights=weights, layers=layers, block=block),
-        "pipeline_messages": _pipeline_messages(w, r, link),
+        "data_messages": _data_messages(w, r, k, link, weights=weights, layers=layers, has_head=has_head, block=block),
+        "pipeline_messages": _pipeline_messages(w, r, link, mean=mean),
         "bubble": others * w.bubble,
-        "optimizer": optimizer + FIXED_SECONDS,
+        "optimizer": optimizer + FIXED_SECONDS + step,
     }
 
 
@@ -155,8 +182,8 @@ def _block(w: Workload, r: Rates, k: Constants, messages: _Messages) -> _Block:
     # While a message travels the host goes on; published runs of other programs do not show it.
     beside = messages.tensor_forward + messages.context_forward, messages.tensor_backward + messages.context_backward
     waits = (
-        _waits(forward + w.own * beside[0], host * np.where(w.own == 1, counted.forward, launches)),
-        _waits(backward + w.own * beside[1], host * np.where(w.own == 1, counted.backward, back)),
+        _waits(r, forward + w.own * beside[0], host * np.where(w.own == 1, counted.forward, launches)),
+        _waits(r, backward + w.own * beside[1], host * np.where(w.own == 1, counted.backward, back)),
     )
     return _Block(
         products=products[0] + products[1] + again[0],
@@ -169,9 +196,19 @@ def _block(w: Workload, r: Rates, k: Constants, messages: _Messages) -> _Block:
     )
 
 
-def _waits(device: Number, host: Number) -> Number:
+def _waits(r: Rates, device: Number, host: Number) -> Number:
     """By how much longer: as long as device or host needs, and a little more where both need about the same."""
-    return (device**4 + host**4) ** 0.25 - device
+    return np.where(r.synchronous == 1, host, (device**4 + host**4) ** 0.25 - device)
+
+
+def _strategy_launches(w: Workload, r: Rates, k: Constants, *, groups: Number) -> Number:
+    """Of a step: what FSDP and a pipeline take of the host around each message and each action.
+
+    groups: of parameters that FSDP sends together.
+    """
+    fetched = (w.forward_gathers + w.backward_gathers + w.reduce_scatters) * groups * r.gather_launches
+    acted = np.where(w.pp > 1, 2 * w.n_microbatches * w.stages_per_rank * r.stage_launches, 0)
+    return (fetched + acted) * r.launch_seconds * k["launch"]
 
 
 def operator_share(r: Rates, k: Constants, *, compiled: Number) -> Number:
@@ -208,7 +245,7 @@ def fused_attention(
     Less of the rate where what it is given at a time, `piece` tokens, is short, or a head is narrow.
     """
     rate = r.matmul_flops * r.attention_gain * k["attention"]
-    rate = rate * piece / (piece + 512) * np.minimum(1, head_dim / 128) ** 0.15
+    rate = rate * piece / (piece + r.attention_tokens) * np.minimum(1, head_dim / 128) ** 0.15
     forward = 4 * pairs * head_dim / rate
     return 2.5 * forward / 0.8 if backward else forward
 
@@ -270,24 +307,28 @@ def _block_messages(w: Workload, r: Rates, k: Constants, link: "Links") -> _Mess
 
     Of cp: a ring's messages travel while attention computes. Gradients of keys and values are added up in float32; in a
     ring keys and values go round once more beside them.
+
+    On a CPU nothing hides, and tokens, which are no outermost dim, are copied around messages.
     """
     n_bytes, sp = w.element_bytes * _tokens(w) * w.d_model, w.sequence_parallel
     among = {"ranks": w.tp, "stride": 1}
-    whole, halves = link.all_reduce(n_bytes, **among), 2 * link.gather(n_bytes, **among)
+    copies = r.synchronous * (w.tp > 1) * 4 * n_bytes / memory_rate(r) * operator_share(r, k, compiled=0)
+    whole, halves = link.all_reduce(n_bytes, **among), link.gather(n_bytes, **among) + link.scatter(n_bytes, **among)
     seconds = k["tensor_messages"] * (1 - r.tensor_hidden)
-    both = 2 * seconds * np.where(sp == 1, halves, whole)
-    norms = w.own * 2 * seconds * sp * link.all_reduce(w.element_bytes * w.d_model, **among)
+    both = 2 * seconds * np.where(sp == 1, halves + copies, whole)
+    norms = np.maximum(w.own, r.synchronous) * 2 * seconds * sp * link.all_reduce(w.element_bytes * w.d_model, **among)
 
     per_head = w.element_bytes * _tokens(w) * 2 * w.head_dim / w.tp
     keys, among, attention = per_head * w.n_kv_heads, {"ranks": w.cp, "stride": w.tp}, _attention(w, r, k)
     exchanged = link.all_to_all(per_head * (w.n_heads + w.n_kv_heads) / 2, **among, calls=2)
     gathered, passed = link.gather(keys * w.cp, **among), link.pass_on(keys, **among)
-    scattered = link.gather(keys * w.cp * 4 / w.element_bytes, **among)
+    scattered = link.scatter(keys * w.cp * 4 / w.element_bytes, **among)
+    hidden = RING_HIDDEN * (1 - r.synchronous)
     passed_back = passed + link.pass_on(keys * 4 / w.element_bytes, **among)
 
     def context(gathered: Number, passed: Number, attention: Number) -> Number:
         around = np.maximum(w.cp - 1, 0) * passed
-        around = np.maximum(around - RING_HIDDEN * attention, (1 - RING_HIDDEN) * around)
+        around = np.maximum(around - hidden * attention, (1 - hidden) * around)
         return np.where(w.all_to_all == 1, exchanged, np.where(w.ring == 1, around, gathered))
 
     forward = context(gathered, passed, attention[0])
@@ -299,9 +340,14 @@ def _block_messages(w: Workload, r: Rates, k: Constants, link: "Links") -> _Mess
     )
 
 
-def _pipeline_messages(w: Workload, r: Rates, link: "Links") -> Number:
-    """Of a step: in and out of each stage of a rank, for each microbatch; and once through all ranks and back."""
+def _pipeline_messages(w: Workload, r: Rates, link: "Links", *, mean: bool) -> Number:
+    """Of a step: in and out of each stage of a rank, for each microbatch; and once through all ranks and back.
+
+    mean: each message once, though both of its ends know of it.
+    """
     hops = 2 * w.stages_per_rank * w.n_microbatches + 2 * (w.pp - 1)
+    if mean:
+        hops = 2 * w.n_microbatches * (w.stages_per_rank - 1 / w.pp)
     return np.where(w.pp > 1, hops * hop_seconds(w, r, link), 0)
 
 
@@ -316,20 +362,28 @@ def _shards(w: Workload) -> Number:
 
 
 def _data_messages(
-    w: Workload, r: Rates, k: Constants, link: "Links", *, weights: Number, layers: Number, block: _Block
+    w: Workload,
+    r: Rates,
+    k: Constants,
+    link: "Links",
+    *,
+    weights: Number,
+    layers: Number,
+    has_head: Number,
+    block: _Block,
 ) -> Number:
     """Of a step, exposed: what does not fit into the pass beside which it travels, and a part of what would."""
-    shards, calls = _shards(w), np.maximum(layers, 1)
+    shards, calls = _shards(w), np.maximum(layers + r.synchronous * 2 * has_head, 1)
     # With several stages a rank, other microbatches come between the last one's turns on them.
     turns = np.where(w.stages_per_rank > 1, np.minimum(w.pp, w.n_microbatches), 1)
     forward, backward = turns * layers * block.forward, turns * layers * block.backward
-    hidden = r.data_hidden * k["overlap"] * w.overlaps_data
+    hidden = r.data_hidden * k["overlap"] * w.overlaps_data * (1 - r.synchronous)
 
     def exposed(seconds: Number, window: Number) -> Number:
         return np.maximum(seconds - hidden * window, (1 - hidden) * seconds)
 
     gather = link.gather(weights * w.weight_bytes, ranks=shards, stride=w.tp, calls=calls)
-    scatter = link.gather(weights * w.gradient_bytes, ranks=shards, stride=w.tp, calls=calls)
+    scatter = link.scatter(weights * w.gradient_bytes, ranks=shards, stride=w.tp, calls=calls)
     both = w.backward_gathers > 0  # share the window of backward
     data = w.forward_gathers * exposed(gather, forward) + w.backward_gathers * exposed(gather, backward / 2)
     # In a pipeline the lab's program reduces a stage's gradients when it is done with it, and waits.
@@ -340,7 +394,7 @@ def _data_messages(
         weights * w.gradient_bytes / np.where(sharded, shards, 1),
         ranks=np.where(sharded, w.dp_replicate, w.dp_replicate * w.dp_shard * w.cp),
         stride=np.where(sharded, w.dp_shard * w.cp, 1) * w.tp,
-        calls=calls / 4,  # buckets hold a few blocks
+        calls=calls / np.where(sharded & (r.synchronous == 1), 1, 4),  # buckets hold a few blocks
     )
     return data + w.all_reduces * exposed(reduce, backward)
 
@@ -349,9 +403,8 @@ class Links:
     """Seconds of messages among `ranks`, `stride` apart. In a node by its links, else by what its network lets pass."""
 
     def __init__(self, r: Rates, k: Constants) -> None:
-        self._inside, self._inside_seconds = r.inside_bytes_per_s * k["inside"], r.inside_seconds
-        self._across, self._across_seconds = r.across_bytes_per_s * k["across"], r.across_seconds
-        self._node = r.node_ranks
+        self._inside, self._across = r.inside_bytes_per_s * k["inside"], r.across_bytes_per_s * k["across"]
+        self._node, self._r = r.node_ranks, r
 
     def _group(self, ranks: Number, stride: Number) -> tuple[Number, Number, Number]:
         near = np.clip(self._node / stride, 1, ranks)
@@ -359,16 +412,32 @@ class Links:
         outside = np.minimum(self._inside, self._across * near / (1 + 0.05 * np.log2(np.maximum(nodes / 2, 1))))
         return near, nodes, np.where(nodes > 1, outside, self._inside)
 
+    def _start(self, ranks: Number, nodes: Number) -> Number:
+        r = self._r
+        more = np.where(r.inside_ranks > 0, ranks / np.maximum(r.inside_ranks, 1), 1)
+        return np.where(nodes > 1, r.across_seconds, r.inside_seconds * more)
+
     def gather(self, n_bytes: Number, *, ranks: Number, stride: Number, calls: Number = 1) -> Number:
-        """An all-gather to n_bytes, or a reduce-scatter from them; in so many calls."""
+        """An all-gather to n_bytes, in so many calls."""
+        return self._once_round(
+            self._r.gather_bytes * n_bytes, self._r.gather_start, ranks=ranks, stride=stride, calls=calls
+        )
+
+    def scatter(self, n_bytes: Number, *, ranks: Number, stride: Number, calls: Number = 1) -> Number:
+        """A reduce-scatter from n_bytes, in so many calls."""
+        return self._once_round(
+            self._r.scatter_bytes * n_bytes, self._r.scatter_start, ranks=ranks, stride=stride, calls=calls
+        )
+
+    def _once_round(self, n_bytes: Number, starts: Number, *, ranks: Number, stride: Number, calls: Number) -> Number:
         near, nodes, rate = self._group(ranks, stride)
-        start = np.where(nodes > 1, self._across_seconds, self._inside_seconds)
+        start = starts * self._start(ranks, nodes)
         hops = LINK_HOP_SECONDS * (near - 1) + NETWORK_HOP_SECONDS * (nodes - 1)
         return np.where(ranks > 1, n_bytes * (ranks - 1) / ranks / rate + calls * (start + hops), 0)
 
     def all_reduce(self, n_bytes: Number, *, ranks: Number, stride: Number, calls: Number = 1) -> Number:
         near, nodes, rate = self._group(ranks, stride)
-        start = np.where(nodes > 1, self._across_seconds, self._inside_seconds)
+        start = self._start(ranks, nodes)
         # Far away by trees, whose depth is a logarithm.
         hops = 2 * LINK_HOP_SECONDS * (near - 1) + 2 * NETWORK_HOP_SECONDS * np.log2(np.maximum(nodes, 1))
         return np.where(ranks > 1, 2 * n_bytes * (ranks - 1) / ranks / rate + calls * (start + hops), 0)
@@ -376,17 +445,20 @@ class Links:
     def all_to_all(self, n_bytes: Number, *, ranks: Number, stride: Number, calls: Number = 1) -> Number:
         """Of n_bytes a rank, so many times: to each its part; to those of other nodes by this rank's own card alone."""
         near, nodes, _ = self._group(ranks, stride)
-        start = np.where(nodes > 1, self._across_seconds, self._inside_seconds)
+        start = self._start(ranks, nodes)
         inside, across = n_bytes * (near - 1) / ranks / self._inside, n_bytes * (ranks - near) / ranks / self._across
-        return np.where(ranks > 1, calls * (start + np.maximum(inside, across)), 0)
+        each = self._r.exchange_start * start + self._r.exchange_bytes * np.maximum(inside, across)
+        return np.where(ranks > 1, calls * each, 0)
 
     def pass_on(self, n_bytes: Number, *, ranks: Number, stride: Number) -> Number:
         """From each to the next, in a ring: where nodes meet, one rank alone talks to the next."""
         _, nodes, rate = self._group(ranks, stride)
         rate = np.where(nodes > 1, np.minimum(rate, self._across), rate)
-        start = np.where(nodes > 1, self._across_seconds, self._inside_seconds)
-        return np.where(ranks > 1, n_bytes / rate + start + LINK_HOP_SECONDS, 0)
+        start = self._start(ranks, nodes)
+        seconds = n_bytes / rate + start + LINK_HOP_SECONDS
+        seconds = np.where(self._r.synchronous == 1, self.send(n_bytes, stride=stride), seconds)
+        return np.where(ranks > 1, seconds, 0)
 
     def send(self, n_bytes: Number, *, stride: Number) -> Number:
         far = stride >= self._node
-        return 20e-6 + n_bytes / np.where(far, self._across, self._inside / 2)
+        return self._r.send_seconds + n_bytes / np.where(far, self._across, self._inside / self._r.send_bytes)

@@ -90,6 +90,8 @@ class _Costs:
             seconds = links.pass_on(it.n_bytes, **among)
         elif it.collective in ("send", "recv"):
             seconds = links.send(it.n_bytes, stride=it.stride)
+        elif it.collective == "reduce_scatter":
+            seconds = links.scatter(it.n_bytes, **among)
         else:
             seconds = links.gather(it.n_bytes, **among)
         if part_of(it) == "tensor_messages":

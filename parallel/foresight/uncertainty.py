@@ -15,6 +15,7 @@ import numpy as np
 
 PROGRAM_DEVIATION = 0.10  # of log seconds, common to the runs of one program on one machine
 RUN_DEVIATION = 0.08  # of one run
+FREEDOM = 3.0  # degrees of it in the tail of a run's own error, by Student's t: an odd one is believed to be odd
 NINETY = 1.645  # standard deviations of a Gaussian on either side that hold 90 %
 STEP = 0.01  # of the logarithm of a constant, in its derivative
 
@@ -59,3 +60,19 @@ def corrected(covariance: Array, errors: Mapping[int, float]) -> tuple[Array, Ar
     gain = np.linalg.solve(covariance[np.ix_(seen, seen)], covariance[seen]).T
     left = np.diag(covariance) - np.einsum("ij,ij->i", gain, covariance[:, seen])
     return gain @ known, np.sqrt(np.maximum(left, 0) + RUN_DEVIATION**2 * np.isin(np.arange(n), seen))
+
+
+def learnt(sensitive: Array, errors: Array) -> Array:
+    """By how many of its spreads each constant has moved, most likely, where runs were off by `errors`.
+
+    sensitive: as `sensitivities` gives it, (runs, constants). errors: log(measured / predicted) of each run. A run's
+    own error is of Student's t: a Gaussian whose variance grows with what is left of it (Lange, Little and Taylor
+    1989, Robust statistical modeling using the t distribution).
+    """
+    common = sensitive @ sensitive.T
+    left, moved = errors - np.median(errors), np.zeros(sensitive.shape[1])
+    for _ in range(50):
+        own = RUN_DEVIATION**2 * (FREEDOM + (left / RUN_DEVIATION) ** 2) / (FREEDOM + 1)
+        moved = sensitive.T @ np.linalg.solve(common + np.diag(own), errors)
+        left = errors - sensitive @ moved
+    return moved

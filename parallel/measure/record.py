@@ -185,7 +185,7 @@ class Record:
     memory: Memory = field(default_factory=Memory)
     traffic: list[dict[str, Any]] | None = None  # {mesh_dim, collective, calls, bytes_per_rank, bytes_across_hosts}
     pipeline: Pipeline = field(default_factory=Pipeline)
-    prediction: dict[str, Any] | None = None  # of a dry run for a cluster: parallel.foresight.prediction
+    prediction: dict[str, Any] | None = None  # for a cluster: parallel.foresight.prediction
     checkpoint: Checkpoints = field(default_factory=Checkpoints)
     goodput: Goodput = field(default_factory=Goodput)
 
