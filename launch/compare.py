@@ -212,14 +212,23 @@ def foretell(comparison: Comparison, cluster: Cluster) -> dict[str, Prediction]:
     return {variant.name: foretell_step(variant.recipe, cluster) for variant in variants if variant.recipe}
 
 
-def lay_beside(records: Sequence[dict[str, Any]], foretold: Mapping[str, Prediction], *, folder: Path) -> None:
-    """Writes predictions into the records of a comparison in `folder`, those at hand and those there."""
+def lay_beside(
+    records: Sequence[dict[str, Any]], foretold: Mapping[str, Prediction], *, accelerator: str, folder: Path
+) -> list[str]:
+    """Writes predictions into the records of a comparison in `folder`, those at hand and those there.
+
+    accelerator: of the cluster. Returns the rows that ran on something else, beside which they would say nothing.
+    """
+    elsewhere = []
     for record in records:
         name = record["recipe"]["name"]
-        if name in foretold:
+        if name in foretold and record["environment"]["device"] not in (None, accelerator):
+            elsewhere.append(name)
+        elif name in foretold:
             record["prediction"] = foretold[name].as_json()
             if (folder / name).is_dir():
                 write_record(folder / name / "record.json", record)
+    return elsewhere
 
 
 def predict(

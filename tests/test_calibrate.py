@@ -335,13 +335,17 @@ def test_a_comparison_is_foretold_row_by_row(tmp_path: Path) -> None:
         seconds = foretold.get(name, foretold["single"]).cpu_seconds_per_step
         records[-1]["throughput"]["cpu_seconds_per_step"] = factor * (seconds or 0)
     write(tmp_path / "out" / "fsdp", copy.deepcopy(records[1]))
-    lay_beside(records, foretold, folder=tmp_path / "out")
+    assert lay_beside(records, foretold, accelerator="cpu", folder=tmp_path / "out") == []
     assert read_record(tmp_path / "out" / "fsdp" / "record.json")["prediction"] == records[1]["prediction"]
     assert [row(record)["foretold_error"] for record in records] == [pytest.approx(0), pytest.approx(-0.5), None]
     text = table(records)
     assert "+0.0" in text and "-50.0" in text
     assert "off by 25.0 % in the mean of 2 rows, at most 50.0 %" in " ".join(text.split())
     assert "told s" not in table([complete_record("alone")])
+    for record in records:
+        record["environment"]["device"], record["prediction"] = "NVIDIA H200", None
+    assert lay_beside(records, foretold, accelerator="cpu", folder=tmp_path / "out") == ["single", "fsdp"]
+    assert records[0]["prediction"] is None
     with pytest.raises(RecipeError, match="has no rate"):
         foretell(load_comparison(tmp_path / "two.toml", ["train.dtype=float64"]), CPU)
 

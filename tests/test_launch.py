@@ -662,12 +662,14 @@ def test_who_only_asks_for_a_lock_keeps_nobody_from_it(tmp_path: Path) -> None:
 
 
 def test_predict_dry_runs_every_variant_for_the_page(lab: Lab) -> None:
-    code, out, _ = lab("compare", comparison_file(lab, "one", "two"), "--predict")
-    assert code == 0 and "dry run of two" in out
+    code, out, _ = lab("compare", comparison_file(lab, "one", "two"), "--predict", "--cluster", "cpu")
+    assert code == 0 and "dry run of two" in out and "told s" in out
     for name in ("one", "two"):
         run, predicted = lab.record("trio", name), lab.record("trio", "predicted", name)
         assert (predicted["kind"], predicted["status"]) == ("dry-run", "ok")
         assert predicted["recipe"] == run["recipe"] and predicted["memory"]["max_peak_bytes"] > 0
+        assert run["prediction"] == predicted["prediction"] and run["prediction"]["cluster"] == "cpu"
+        assert predicted["throughput"]["step_seconds"]["median"] == run["prediction"]["step_seconds"]
     assert lab("report", "runs/trio", "--json")[1].count('"name"') == 2  # the table is of runs
 
 

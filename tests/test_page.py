@@ -196,6 +196,29 @@ def test_speed_has_its_spread_and_bars_of_its_size(open_page: Open) -> None:
     assert [width / widths[0] for width in widths] == pytest.approx([value / known[0] for value in known], rel=1e-3)
 
 
+def test_a_step_that_was_foretold_is_laid_beside_the_measured_one(open_page: Open) -> None:
+    """Two rows, by CPU seconds: 0.5 and 0.75 were measured."""
+    records = {"alone": complete_record("alone"), "fsdp": complete_record("fsdp", 1.5, dp_shard=4)}
+    assert open_page(records).locator("#chart-foretold").count() == 0
+    for record, seconds in zip(records.values(), (0.55, 0.6), strict=True):
+        record["prediction"] = {"cluster": "desk", "step_seconds": 9.0, "cpu_seconds_per_step": seconds}
+    for dark in (False, True):
+        page = open_page(records, dark=dark)
+        figure = page.locator("#chart-foretold")
+        about = figure.locator("figcaption")
+        expect(about).to_contain_text("CPU seconds of a step, of all ranks")
+        expect(about).to_contain_text("for the cluster desk. Off by 15 % in the mean of 2 rows, at most 20 %.")
+        assert [label for label in figure.locator("svg text").all_text_contents() if "%" in label] == [
+            "+10.0 %",
+            "−20.0 %",
+        ]
+        bars = [float(bar.get_attribute("width") or 0) for bar in figure.locator(".drawing rect").all()]
+        assert [bar / bars[0] for bar in bars] == pytest.approx([1, 1.1, 1.5, 1.2], abs=0.01)
+    head = page.locator("#runs thead th")
+    assert [text for text in head.all_text_contents() if text in ("foretold\ns", "off\n%")] == ["foretold\ns", "off\n%"]
+    expect(page.locator("#legend")).to_contain_text("Foretold: a step by a closed form")
+
+
 def test_memory_lays_measured_beside_predicted(open_page: Open) -> None:
     page = open_page(complete_comparison())
     rows = [row for row in numbers_of(page, "memory") if row["run"] == "fsdp"]

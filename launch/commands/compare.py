@@ -51,7 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     comparison = on_one_device(comparison_with_data(arguments.comparison, arguments.set), n_gpus=n_gpus, say=say)
     if not arguments.force:
         _refuse_without_room(comparison, arguments.comparison, n_gpus=n_gpus, say=say)
-    foretold = {} if arguments.cluster is None else foretell(comparison, load_cluster(arguments.cluster))
+    cluster = None if arguments.cluster is None else load_cluster(arguments.cluster)
+    foretold = {} if cluster is None else foretell(comparison, cluster)
     folder = arguments.out / comparison.name
     with held_alone(folder):
         try:
@@ -66,7 +67,10 @@ def run(arguments: argparse.Namespace) -> int:
                 )
         except Interrupted as signal:
             raise Interrupted(f"{signal}; --resume goes on with what is left") from None
-        lay_beside(records, foretold, folder=folder)
+        if cluster is not None:
+            accelerator = cluster.accelerator
+            if elsewhere := lay_beside(records, foretold, accelerator=accelerator, folder=folder):
+                say(f"nothing is foretold beside what did not run on {accelerator}: {', '.join(elsewhere)}")
         if arguments.predict:
             predict(comparison, foretold=foretold, out=arguments.out, say=say)
         (folder / "table.txt").write_text(f"{table(records)}\n", encoding="utf-8")
