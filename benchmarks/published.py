@@ -3,11 +3,12 @@
     python benchmarks/published.py RUNS.csv                            # every row, with the constants as they are
     python benchmarks/published.py RUNS.csv --calibrate-on 3           # after three runs of each source
     python benchmarks/published.py RUNS.csv --predictions FILE.csv     # row by row, too
+    python benchmarks/published.py RUNS.csv --failed FAILED.csv        # and how many of those did not fit
 
 RUNS.csv has a column for each thing a row may say (COLUMNS below; a missing or empty one is unknown) and what was
-measured: measured_step_s, measured_tokens_per_s_per_gpu, measured_tflops_per_gpu, measured_mfu or measured_hfu. What a
-row leaves open widens the interval of its prediction; where nothing can be said without it, the row is refused, with
-the reason. docs/foresight.md has the results.
+measured: measured_step_s, measured_tokens_per_s_per_gpu, measured_tflops_per_gpu, measured_mfu or measured_hfu; and
+measured_mem_gib, of the fullest GPU. What a row leaves open widens the interval of its prediction; where nothing can be
+said without it, the row is refused, with the reason. docs/foresight.md has the results.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ import numpy as np
 
 from parallel.foresight.clusters import PROFILES, Cluster, Software, load_cluster
 from parallel.foresight.constants import CONSTANTS
+from parallel.foresight.memory import LAB, Keeping, peak_bytes
+from parallel.foresight.plan import ROOM
 from parallel.foresight.price import Rates, price
 from parallel.foresight.uncertainty import NINETY, Array, corrected, covariance, sensitivities
-from parallel.foresight.workload import Workload, bubble, stacked
+from parallel.foresight.workload import Workload, bubble, in_flight, stacked
 from parallel.recipe import RecipeError
 
 COLUMNS = (
@@ -64,6 +67,24 @@ DOUBTS = {
     "schedule": 0.05,
 }
 
+# Programs that train 16-bit weights, as Megatron and nanotron do: gradients in float32 and a float32 copy of the
+# weights, of which only the optimizer's part is sharded. Bytes of a parameter and of a score are theirs
+# (arXiv:2205.05198, 4.1); residual, logits and base are of the nanotron runs of one model: docs/foresight.md.
+MIXED = Keeping(
+    weight=2,
+    gradient=4,
+    optimizer=12,
+    shards_weights=False,
+    holds_gradients=True,
+    residual=11,
+    in_float32=0,
+    gathers_again=True,
+    score=5,
+    logit=5.5,
+    earlier_logit=5.6,
+    base_gib=0.4,
+)
+
 
 class Refused(ValueError):
     """A row that says too little, or of hardware about which nothing is known; its text is the reason."""
@@ -81,6 +102,10 @@ class Run:
     generation: str
     doubts: list[str] = field(default_factory=list)
     measured_seconds: float | None = None
+    keeping: Keeping = MIXED
+    may_split_tokens: bool = False  # over tp: the row does not say
+    memory_gib: float = 0.0  # of one accelerator
+    measured_gib: float | None = None
     model_flops: float = 0.0  # of a step, attention in full: for the constant MFU beside it
     peak_flops: float | None = None
 
@@ -115,7 +140,15 @@ def run_of(row: Mapping[str, str]) -> Run:
     run.model_flops = work.model_flops_per_token * work.tokens
     run.peak_flops = PEAKS.get(cluster.name) or cluster.peak("bfloat16").flops
     run.measured_seconds = measured_seconds(row, run)
+    run.keeping = LAB if _gathers(said) else MIXED  # torch's FSDP shards float32 weights, as the lab does
+    run.may_split_tokens = said["sp"] == ""
+    run.memory_gib, run.measured_gib = cluster.memory_gib, number(row, "measured_mem_gib")
     return run
+
+
+def _gathers(said: Mapping[str, str]) -> bool:
+    """Weights are fetched before each use."""
+    return _any_of(re.sub(r"[ _-]", "", said["dp_kind"]), "zero3", "fsdp", "hsdp", "fullysharded")
 
 
 def _shape(row: Mapping[str, str], said: Mapping[str, str], doubts: list[str]) -> dict[str, float]:
@@ -184,12 +217,12 @@ def _layout(
     m = max(1.0, global_batch / (dp * micro_batch)) if global_batch else steps or 1.0
 
     kind = re.sub(r"[ _-]", "", said["dp_kind"])
-    gathers = _any_of(kind, "zero3", "fsdp", "hsdp", "fullysharded")
+    gathers = _gathers(said)
     sharded = gathers or _any_of(kind, "zero", "distributedoptimizer")
     if "offload" in kind:
         doubts.append("offload")
     replicas = max(1.0, dp / cluster.ranks_per_node) if "hsdp" in kind else 1.0
-    chunks, idle = _pipeline(row, said, pp=pp, m=m, doubts=doubts) if pp > 1 else (1.0, 1.0)
+    chunks, idle, flies = _pipeline(row, said, pp=pp, m=m, doubts=doubts) if pp > 1 else (1.0, 1.0, 1.0)
     each = gathers and pp == 1  # a pipeline gathers weights once, and reduces gradients once
     return {
         "pp": pp,
@@ -206,6 +239,7 @@ def _layout(
             shape["n_layers"] % (pp * chunks) == 0 and shape["vocab_size"] * shape["d_model"] < 1.5 * block
         ),
         "bubble": idle,
+        "in_flight": flies,
         "shards_state": int(sharded),
         "forward_gathers": m if each else int(sharded),
         "backward_gathers": m if each else 0,
@@ -219,19 +253,20 @@ def _layout(
 
 def _pipeline(
     row: Mapping[str, str], said: Mapping[str, str], *, pp: float, m: float, doubts: list[str]
-) -> tuple[float, float]:
-    """Stages a rank, and the bubble as Workload has it."""
+) -> tuple[float, float, float]:
+    """Stages a rank; the bubble, and microbatches in flight on the first rank, as Workload has them."""
     schedule, chunks = said["pp_schedule"].replace("zero bubble", "zb"), number(row, "vpp") or 1.0
     if schedule.startswith(("zb-1p", "zb-h1")):
-        return chunks, 1 / 3
+        return chunks, 1 / 3, pp
     if schedule.startswith(("zb", "dualpipe")):
-        return chunks, 0.05
+        return chunks, 0.05, 2 * pp if schedule.startswith("zb-2p") else pp  # arXiv:2401.10241, table 2
     if "interleaved" in schedule or chunks > 1:
         chunks = chunks if chunks > 1 else 2.0
-        return chunks, float(bubble("interleaved-1f1b", pp=pp, stages_per_rank=chunks, m=m))
+        of = dict(pp=pp, stages_per_rank=chunks, m=m)
+        return chunks, float(bubble("interleaved-1f1b", **of)), float(in_flight("interleaved-1f1b", **of))
     if not schedule.startswith(("1f1b", "gpipe")):
         doubts.append("schedule")
-    return 1.0, 1.0
+    return 1.0, 1.0, m if schedule.startswith("gpipe") else pp
 
 
 def _kernels(
@@ -254,6 +289,9 @@ def _kernels(
         "again_products": products,
         "again_attention": of_attention,
         "again_rest": rest,
+        "recomputes": rest,
+        "saves_products": int(rest > 0 and products == 0),
+        "saves_attention": int(rest > 0 and of_attention == 0),
         "fp8": int(_any_of(said["precision"], "fp8", "float8")),
         "compiled": int(said["compile"].startswith(("yes", "true", "torch.compile", "inductor"))),
     }
@@ -530,12 +568,58 @@ def in_words(found: Sequence[Score], *, markdown: bool = False) -> str:
     return "\n".join(line[0].ljust(width) + "".join(cell.rjust(9) for cell in line[1:]) for line in (heads, *lines))
 
 
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+def foretold_gib(runs: Sequence[Run]) -> dict[str, Array]:
+    """Of the fullest GPU of each, if backward gathers the inputs of split products again, and if they are kept.
+
+    No row says which; without tp it is the same. Where a row does not say that tp splits tokens, it is taken to.
+    """
+    work = [replace(r.workload, sequence_parallel=1) if r.may_split_tokens else r.workload for r in runs]
+    both = {
+        way: [peak_bytes(w, replace(r.keeping, gathers_again=again)) for w, r in zip(work, runs, strict=True)]
+        for way, again in (("gathered again", True), ("kept", False))
+    }
+    return {way: np.array(values) / 2**30 for way, values in both.items()}
+
+
+def memory_in_words(runs: Sequence[Run]) -> str:
+    """A row for each source: errors, and how many are foretold not to fit."""
+    groups = ("rows", "again: mean", "median", "bias", "too large", "kept: mean", "median", "too large")
+    groups += ("nearer: mean", "median")
+    lines = ["source".ljust(40) + "".join(head.rjust(13) for head in groups)]
+    measured = [run for run in runs if run.measured_gib]
+    for source in dict.fromkeys(run.source for run in measured):
+        of_source = [run for run in measured if run.source == source]
+        gib, actual = foretold_gib(of_source), np.array([run.measured_gib for run in of_source])
+        again, kept = (gib[way] / actual - 1 for way in ("gathered again", "kept"))
+        nearer = np.minimum(np.abs(again), np.abs(kept))
+        cells = [f"{len(of_source)}", *_percent(np.abs(again).mean(), np.median(np.abs(again)), np.median(again))]
+        cells += [f"{_too_large(of_source, gib['gathered again'])}", *_percent(np.abs(kept).mean())]
+        cells += [*_percent(np.median(np.abs(kept))), f"{_too_large(of_source, gib['kept'])}"]
+        cells += _percent(nearer.mean(), np.median(nearer))
+        lines.append(source[:39].ljust(40) + "".join(cell.rjust(13) for cell in cells))
+    return "\n".join(lines)
+
+
+def _percent(*shares: float) -> list[str]:
+    return [f"{100 * share:.1f}" for share in shares]
+
+
+def _too_large(runs: Sequence[Run], gib: Array, *, part: float = ROOM) -> int:
+    """How many of these need more than a part of their accelerator's memory: by default, as `lab plan` judges it."""
+    return int((gib > part * np.array([run.memory_gib for run in runs])).sum())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", metavar="RUNS.csv")
     how_many = "runs of each source that correct the others, as evenly spaced in the file as can be; default: 0"
     parser.add_argument("--calibrate-on", metavar="N", type=int, default=0, help=how_many)
     parser.add_argument("--predictions", metavar="FILE.csv", type=Path, help="each row's, written there")
+    not_run = "runs that did not come to their end, with the same columns: how many are foretold not to fit"
+    parser.add_argument("--failed", metavar="FILE.csv", help=not_run)
     parser.add_argument("--markdown", action="store_true", help="the table as the docs have it")
     arguments = parser.parse_args()
     if not 0 <= arguments.calibrate_on <= 1000:
@@ -547,6 +631,21 @@ def main() -> None:
     print("Errors of predicted step seconds, in %. in 90 %: measured ones within the 90 % interval.")
     print("MFU 40 %: what a constant MFU would be off by; own MFU: the source's own median, known afterwards.\n")
     print(in_words(found, markdown=arguments.markdown) if found else "no row has a measurement")
+    if any(run.measured_gib for run in runs):
+        print("\nErrors of predicted memory, in %: if backward gathers again what tp has split, if that is kept, and")
+        print(
+            f"of the nearer of both. too large: runs that need over {ROOM:.0%} of the memory; each of these did fit.\n"
+        )
+        print(memory_in_words(runs))
+    if arguments.failed is not None:
+        failed, not_read = read_runs(read_rows(arguments.failed))
+        needs = foretold_gib(failed)
+        print(f"\nfailed: of {len(failed)} runs, of which nobody says why they failed,")
+        for way, gib in needs.items():
+            print(f"failed: {_too_large(failed, gib)} are too large, inputs {way}")
+        small = len(failed) - _too_large(failed, needs["kept"], part=0.5)
+        print(f"failed: {small} need less than half of the memory either way")
+        refused.update(not_read)
     for (source, reason), n in sorted(refused.items()):
         print(f"refused: {n} of {source or 'no source'}: {reason}")
     if arguments.predictions is not None:

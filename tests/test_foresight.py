@@ -14,7 +14,7 @@ import pytest
 from parallel.dryrun import dry_run_rank
 from parallel.foresight.clusters import CATALOGUE, PROFILES, Cluster, cluster_from_tables, load_cluster
 from parallel.foresight.constants import values_of
-from parallel.foresight.memory import peak_bytes
+from parallel.foresight.memory import Keeping, peak_bytes
 from parallel.foresight.prediction import hardware_flops_per_token, parts_of, predict
 from parallel.foresight.price import PARTS, price
 from parallel.foresight.uncertainty import PROGRAM_DEVIATION, RUN_DEVIATION, corrected, covariance
@@ -286,6 +286,55 @@ def test_memory_is_near_a_dry_run(layout: dict[str, dict[str, Any]]) -> None:
     assert float(peak_bytes(of_recipe(found))) == pytest.approx(counted, rel=0.06)
 
 
+ZERO_1 = Keeping(
+    weight=2, gradient=4, optimizer=12, shards_weights=False, holds_gradients=True, residual=10, in_float32=0,
+    gathers_again=True, score=5, logit=6, earlier_logit=4, base_gib=1,
+)  # fmt: skip
+BLOCK, MATRIX, TOKENS = 4 * 1024**2 + 3 * 1024 * 4096, 32000 * 1024, 2048  # of SMALL
+KEPT = TOKENS * 2 * (10 * 1024 + 2 * 1024 + 4 * 4096)  # residual, keys and values, the gate's four
+SMALL = Workload(
+    n_layers=4, d_model=1024, n_heads=8, n_kv_heads=8, head_dim=128, d_ff=4096, vocab_size=32000, seq_len=TOKENS,
+    micro_batch=1, n_microbatches=8, dp_shard=4, shards_state=1, reduce_scatters=1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "keeping", "expected"),
+    [
+        # 16-bit weights and float32 gradients whole, 12 bytes of a parameter over 4 ranks; logits of two microbatches
+        ({}, {}, (2 + 4 + 12 / 4) * (4 * BLOCK + 2 * MATRIX) + 4 * KEPT + 10 * TOKENS * 32000),
+        ({"n_microbatches": 1}, {}, 9 * (4 * BLOCK + 2 * MATRIX) + 4 * KEPT + 6 * TOKENS * 32000),
+        # over tp a quarter of all; and, kept, the inputs of two products whole, and not a quarter of them
+        ({"tp": 4}, {}, (9 * (4 * BLOCK + 2 * MATRIX) + 4 * KEPT + 10 * TOKENS * 32000) / 4),
+        (
+            {"tp": 4},
+            {"gathers_again": False},
+            (9 * (4 * BLOCK + 2 * MATRIX) + 4 * KEPT + 10 * TOKENS * 32000) / 4 + 4 * TOKENS * 4 * 1024 * 3 / 4,
+        ),
+        # the first of two stages keeps two microbatches, the last one and its logits
+        ({"pp": 2, "in_flight": 2, "vocab_size": 1024}, {}, 9 * (2 * BLOCK + 1024**2) + 2 * 2 * KEPT),
+        ({"pp": 2, "in_flight": 2}, {}, 9 * (2 * BLOCK + MATRIX) + 2 * KEPT + 10 * TOKENS * 32000),
+        # an output of 1.95 layers: three layers on the first stage, one on the last
+        (
+            {"pp": 2, "in_flight": 8, "even_stages": 0},
+            {},
+            9 * (3 * BLOCK + MATRIX) + 8 * 3 * KEPT,
+        ),
+        # scores in full, 5 bytes each; two matrices without a gate
+        (
+            {"flash": 0, "n_mlp_matrices": 2, "vocab_size": 1},
+            {},
+            9 * (4 * (BLOCK - 1024 * 4096) + 2 * 1024)
+            + 4 * (KEPT - TOKENS * 4 * 4096 + 5 * 8 * TOKENS**2)
+            + 10 * TOKENS,
+        ),
+    ],
+)
+def test_memory_of_another_program_by_hand(changes: dict[str, float], keeping: dict[str, Any], expected: float) -> None:
+    work, keeps = dataclasses.replace(SMALL, **changes), dataclasses.replace(ZERO_1, **keeping)
+    assert float(peak_bytes(work, keeps)) == pytest.approx(expected + 2**30, rel=1e-9)
+
+
 # ---- trust ---------------------------------------------------------------------------------------------------------
 
 
@@ -387,6 +436,21 @@ def test_one_configuration_in_other_words(tmp_path: Path) -> None:
     done = published(tmp_path, usual, usual | words | dict(id="b"), options=("--predictions", str(out)))
     first, second = (line.split(",")[2:5] for line in out.read_text().splitlines()[1:])
     assert first == second, done.stdout
+
+
+def test_memory_of_published_runs_is_foretold_from_their_configurations(tmp_path: Path) -> None:
+    """39 billion parameters on 512 A100s of 80 GB, as they were trained; ten times the sequences at once do not fit."""
+    fits = NARAYANAN | dict(
+        id="39B", n_gpus="512", n_layers="48", d_model="8192", n_heads="64", d_ff="32768", pp="2", micro_batch="4",
+        global_batch="1536", pp_schedule="1f1b", measured_tflops_per_gpu="138", measured_mem_gib="60",  # made up
+    )  # fmt: skip
+    failed = tmp_path / "failed"
+    failed.mkdir()
+    published(failed, *(fits | dict(micro_batch=n, global_batch="15360") for n in ("4", "40")))
+    out = published(tmp_path, fits, options=("--failed", str(failed / "runs.csv"))).stdout
+    (row,) = (line.split()[1:] for line in out.split("predicted memory")[1].splitlines() if line.startswith("Megatron"))
+    assert row[0] == "1" and row[1] == row[5] and row[4] == row[7] == "0"  # no tokens are split: one way to keep them
+    assert "failed: 1 are too large, inputs gathered again" in out and "failed: 0 need less than half" in out
 
 
 def test_three_runs_of_a_source_correct_the_others(tmp_path: Path) -> None:

@@ -1,63 +1,101 @@
 """What the fullest rank of a layout holds, in a closed form: to search by. The dry run has it to the byte.
 
-Float32 weights, gradients and both moments of AdamW, as this lab trains; activations tensor by tensor, as its blocks
-keep them on a CPU; the logits. Held against dry runs in tests/test_foresight.py.
+By default as this lab trains: float32 weights, gradients and both moments of AdamW; activations tensor by tensor, as
+its blocks keep them on a CPU; the logits. Held against dry runs in tests/test_foresight.py. `Keeping` says the same of
+other programs; benchmarks/published.py holds it against what they have published.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 
 from parallel.foresight.workload import Number, Workload
 
-# Bytes that a block keeps, of a token and an element of the residual stream: those in the type of the computation, and
-# those that norms and rotary positions keep in float32.
-RESIDUAL, IN_FLOAT32 = 5.65, 12.8
-LOGIT_BYTES = 12.3  # kept at the end of forward: logits, and twice log-softmax in float32
+
+@dataclass(frozen=True, kw_only=True)
+class Keeping:
+    """What a program keeps. The defaults are this lab's."""
+
+    # bytes of a parameter
+    weight: float = 4
+    gradient: float = 4
+    optimizer: float = 8  # both moments; with a float32 copy of 16-bit weights 12
+    shards_weights: bool = True  # where state is sharded. False: weights and gradients are whole, as in ZeRO-1
+    holds_gradients: bool = False  # from step to step; else they come with backward
+    # of a token in a block: elements of the residual stream in the type of the computation, and bytes of one in float32
+    # (norms, rotary positions)
+    residual: float = 5.65
+    in_float32: float = 12.8
+    gathers_again: bool = False  # backward gathers what tp has split, a second time, so that it need not be kept
+    score: float = 0  # bytes of each attention score, where attention is not fused
+    # bytes of a logit, at the end of forward: of this microbatch (logits, and twice log-softmax in float32), and what
+    # is left then of the one before
+    logit: float = 12.3
+    earlier_logit: float = 0
+    base_gib: float = 0  # whatever the layout
 
 
-def peak_bytes(w: Workload) -> Number:
+LAB = Keeping()
+
+
+def peak_bytes(w: Workload, k: Keeping = LAB) -> Number:
     """Of the first or the last rank of the pipeline, whichever holds more."""
     if np.ndim(w.pp) == 0 and w.pp == 1:
-        return _rank_bytes(w, first=True, last=True)
+        return _rank_bytes(w, k, first=True, last=True)
     alone = np.asarray(w.pp) == 1
-    first = _rank_bytes(w, first=True, last=alone | (w.folded == 1))
-    return np.maximum(first, _rank_bytes(w, first=alone, last=True))[()]
+    first = _rank_bytes(w, k, first=True, last=alone | (w.folded == 1))
+    return np.maximum(first, _rank_bytes(w, k, first=alone, last=True))[()]
 
 
-def _rank_bytes(w: Workload, *, first: Number, last: Number) -> Number:
-    layers = np.ceil(w.n_layers / w.pp)
+def _rank_bytes(w: Workload, k: Keeping, *, first: Number, last: Number) -> Number:
+    layers = _layers(w, first)
     matrix = w.vocab_size * w.d_model / w.tp
     block = w.block_parameters / w.tp
     ends = first * matrix + last * matrix * (1 - w.tied * first)
     local = layers * block + ends
     shards = np.where(w.shards_state == 1, w.dp_shard * w.cp, 1)
-    sharded, piped = w.shards_state == 1, np.asarray(w.pp) > 1
+    sharded, piped = (w.shards_state == 1) & k.shards_weights, np.asarray(w.pp) > 1
+    parts = np.where(sharded, shards, 1)  # of weights and gradients
     tokens, e, m = w.micro_batch * w.seq_len / w.cp, w.element_bytes, w.n_microbatches
 
     # A microbatch in a block. Where tokens are split over tp, what a pair of products takes in is gathered and kept.
     split = np.where(w.sequence_parallel == 1, w.tp, 1)
     stream = w.d_model * e / split
     heads, keys = w.n_heads * w.head_dim / w.tp, w.n_kv_heads * w.head_dim / w.tp
-    whole = tokens * w.d_model * (RESIDUAL * e + IN_FLOAT32)
-    gathered = np.where(w.tp > 1, 2 * e * tokens * w.d_model, 0)
-    everything = (whole - gathered) / split + gathered + tokens * e * (4 * w.d_ff / w.tp + 2 * keys)
+    whole = tokens * w.d_model * (k.residual * e + k.in_float32)
+    gathered = np.where(w.tp > 1, 0 if k.gathers_again else 2 * e * tokens * w.d_model, 0)
+    hidden = 2 * (w.n_mlp_matrices - 1) * w.d_ff / w.tp  # each product's result, and what the activation makes of it
+    everything = (whole - gathered) / split + gathered + tokens * e * (hidden + 2 * keys)
+    scores = (1 - w.flash) * (1 - w.again_attention) * tokens * w.seq_len * w.n_heads / w.tp
+    everything = everything + k.score * scores
     # Results of out and down are whole: what splits them over tp comes after.
     products = w.saves_products * (heads + 2 * keys + 2 * w.d_ff / w.tp + 2 * w.d_model) * e
     little = tokens * (stream + w.saves_attention * heads * e + products)
     keeps = np.minimum(w.in_flight, m) * first + (1 - first)
-    copies = np.where(sharded | (e >= 4), 0, e * block * layers * (1 - w.recomputes))  # of weights, in 16 bits
+    copies = np.where(sharded | (e >= k.weight), 0, e * block * layers * (1 - w.recomputes))  # of weights, in 16 bits
     kept = keeps * layers * (w.recomputes * little + (1 - w.recomputes) * everything) + copies
     rows = np.where(w.loss_parallel == 1, w.vocab_size / w.tp, w.vocab_size)
-    output = last * (LOGIT_BYTES * tokens * rows / w.loss_chunks + np.where(sharded | (e >= 4), 0, e * matrix))
+    logit = k.logit + k.earlier_logit * (m > 1)
+    output = last * (logit * tokens * rows / w.loss_chunks + np.where(sharded | (e >= k.weight), 0, e * matrix))
     output = output + last * np.where(w.loss_chunks > 1, 4 * matrix, 0)
 
     # Weights that FSDP has gathered, and gradients that a pipeline has not scattered yet.
     stays = sharded & (w.backward_gathers == 0)
     fetched = np.where(sharded, np.where(stays, e * local, e * (2 * block + last * matrix)), 0)
-    gradients = np.where(sharded & piped, 4 * local, 4 * local / shards)
-    persist = (m > 1) | piped
-    states = 12 * local / shards
+    gradients = np.where(sharded & piped, k.gradient * local, k.gradient * local / parts)
+    persist = (m > 1) | piped | k.holds_gradients
+    states = k.weight * local / parts + k.optimizer * local / shards
     forward_ends = states + np.where(persist, gradients, 0) + kept + output + fetched
     again = w.recomputes * w.block_group * everything  # in backward, one group of blocks at a time
-    on_their_way = np.where(sharded, np.where(piped, 0, 8 * block), 4 * np.maximum(block, first * matrix))
-    backward = states + gradients + np.where(piped, kept, kept / layers) + again + fetched + on_their_way
-    return np.maximum(forward_ends, backward)
+    one = k.gradient * np.maximum(block, first * matrix)
+    on_their_way = np.where(sharded, np.where(piped, 0, 2 * k.gradient * block), 0 if k.holds_gradients else one)
+    backward = states + gradients + np.where(piped, kept, kept / np.maximum(layers, 1)) + again + fetched + on_their_way
+    return np.maximum(forward_ends, backward) + k.base_gib * 2**30
+
+
+def _layers(w: Workload, first: Number) -> Number:
+    """Of the first rank of the pipeline, or of the last: as many on each, or fewer where the output counts as some."""
+    in_layers = w.vocab_size * w.d_model / w.block_parameters
+    most = np.minimum(w.n_layers, np.ceil((w.n_layers + in_layers) / w.pp))
+    by_cost = np.where(first, most, np.maximum(w.n_layers - most * (w.pp - 1), 0))
+    return np.where((w.even_stages == 1) | (np.asarray(w.pp) == 1), np.ceil(w.n_layers / w.pp), by_cost)
