@@ -22,13 +22,13 @@ import torch
 import launch.starting
 import parallel
 from launch.cli import main
-from launch.compare import load_comparison, on_one_device
+from launch.compare import is_comparison, load_comparison, on_one_device
 from launch.folder import held_alone, recipe_toml, under_way
 from launch.table import WIDTH, row, table
 from launch.terminal import n_bytes, printable
 from launch.verdict import is_out_of_memory, place, record_error
 from parallel.measure.record import new_record, read_record, write_record
-from parallel.recipe import RecipeError, load_recipe, recipe_from_tables
+from parallel.recipe import RecipeError, load_recipe, read_toml, recipe_from_tables
 from parallel.transformer import Transformer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -890,7 +890,7 @@ def test_help_and_version_are_given(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.toml")), ids=lambda path: path.stem)
 def test_a_shipped_recipe_survives_the_file_its_ranks_read(path: Path) -> None:
-    if "compare" in path.parts:
+    if is_comparison(read_toml(path)):
         recipes = [variant.recipe for variant in load_comparison(path).variants if variant.recipe]
     else:
         recipes = [load_recipe(path)]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from launch.compare import load_comparison
+from launch.compare import is_comparison, load_comparison
 from parallel.recipe import (
     PRESETS,
     SCHEDULES,
@@ -32,7 +32,7 @@ from parallel.recipe import (
 from parallel.transformer import Transformer
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = sorted(path for path in (ROOT / "recipes").rglob("*.toml") if path.parent.name != "compare")
+SHIPPED = sorted(path for path in (ROOT / "recipes").rglob("*.toml") if not is_comparison(read_toml(path)))
 COMPARISONS = sorted((ROOT / "recipes" / "compare").glob("*.toml"))
 
 

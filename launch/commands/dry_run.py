@@ -114,6 +114,7 @@ def _in_words(record: dict[str, Any]) -> str:
         "",
         f"FLOPs per token: model {flops['model_flops_per_token']:,}, hardware "
         + (f"{executed:,.0f}" if (executed := flops["hardware_flops_per_token"]) else "- (see --all-distinct-ranks)"),
+        *([f"ideal bubble: {100 * ideal:.1f} %"] if (ideal := record["pipeline"]["bubble_fraction_ideal"]) else []),
         memory["note"],
     ]
     return "\n".join(lines)
