@@ -83,11 +83,12 @@ def price(w: Workload, r: Rates, k: Constants, *, mean: bool = False) -> dict[st
 
     # A microbatch through the busiest rank; and through the others, for which that waits once.
     layer = block.forward + block.backward + sum(messages)
-    layers, has_head = layers_of_busiest(w, head_in_layers=(head + head_waits) / layer)
+    end = head + head_waits
+    layers, has_head = layers_of_busiest(w, head_in_layers=end / layer)
     if mean:
         layers, has_head = w.n_layers / w.pp, 1 / w.pp
-    busy = layers * layer + has_head * (head + head_waits)
-    others = np.maximum(w.n_layers * layer + head + head_waits - busy, 0)
+    busy = layers * layer + has_head * end
+    others = np.maximum(w.n_layers * layer + end - busy, 0)
     tables = has_head * np.where(w.own == 1, tables_of(w), 1)
     weights = (w.block_parameters * layers + w.vocab_size * w.d_model * tables) / w.tp
     # Bytes of AdamW and clipping, in float32.
@@ -159,11 +160,8 @@ def _block(w: Workload, r: Rates, k: Constants, messages: _Messages) -> _Block:
 
     # Between products: norms, residuals, rotary positions, the gate; by bytes through memory.
     gated, resident = w.n_mlp_matrices - 2, tokens / np.where(w.sequence_parallel == 1, w.tp, 1) * w.d_model
-    share, own, half = (
-        operator_share(r, k, compiled=w.compiled) / memory,
-        own_bytes(w, tokens=tokens),
-        w.element_bytes / 2,
-    )
+    share, own = operator_share(r, k, compiled=w.compiled) / memory, own_bytes(w, tokens=tokens)
+    half = w.element_bytes / 2
     forward = half * (22 * resident + tokens * ((4 + 4 * gated) * ff + 6 * qkv))
     backward = half * (38 * resident + tokens * ((6 + 8 * gated) * ff + 8 * qkv))
     operators = [
@@ -179,7 +177,7 @@ def _block(w: Workload, r: Rates, k: Constants, messages: _Messages) -> _Block:
     launches = launches + 12 * (w.tp > 1) + 8 * (w.cp - 1) * (1 - w.all_to_all)  # a ring's kernels, piece by piece
     back = launches * (1.6 + np.maximum(w.again_rest, w.again_products))
     host, counted = r.launch_seconds * k["launch"], own_operators(w)
-    # While a message travels the host goes on; published runs of other programs do not show it.
+    # While a message travels the host goes on: seen in dry runs, but not in what was published of other programs.
     beside = messages.tensor_forward + messages.context_forward, messages.tensor_backward + messages.context_backward
     waits = (
         _waits(r, forward + w.own * beside[0], host * np.where(w.own == 1, counted.forward, launches)),
@@ -387,8 +385,8 @@ def _data_messages(
     both = w.backward_gathers > 0  # share the window of backward
     data = w.forward_gathers * exposed(gather, forward) + w.backward_gathers * exposed(gather, backward / 2)
     # In a pipeline the lab's program reduces a stage's gradients when it is done with it, and waits.
-    beside = np.where(w.own * (w.pp > 1) == 1, 0, backward / (1 + both))
-    data = data + w.reduce_scatters * np.where(beside == 0, scatter, exposed(scatter, beside))
+    waits = w.own * (w.pp > 1) == 1
+    data = data + w.reduce_scatters * np.where(waits, scatter, exposed(scatter, backward / (1 + both)))
     sharded = w.shards_state == 1
     reduce = link.all_reduce(
         weights * w.gradient_bytes / np.where(sharded, shards, 1),

@@ -7,6 +7,7 @@ it. Where a stream waits, it waits; what is left of a message by then is exposed
 """
 
 import itertools
+import math
 import statistics
 from bisect import bisect_right
 from collections import deque
@@ -127,6 +128,7 @@ class _Player:
     groups: dict[str, float] = field(default_factory=dict)  # when its last message is there
     points: dict[int, tuple[float, str]] = field(default_factory=dict)
     busy: list[tuple[float, float]] = field(default_factory=list)  # when the rank computes
+    busy_before: list[float] = field(default_factory=list)  # seconds, by each of those
     under_way: list[tuple[float, float, str]] = field(default_factory=list)  # messages that others than it wait for
 
     def play(self) -> Played:
@@ -152,6 +154,7 @@ class _Player:
         for queue in self.streams.values():
             self._wait(0, queue.free, queue.part)
         self._settle()
+        self.busy_before = [0.0, *itertools.accumulate(stop - begin for begin, stop in self.busy)]
         self.parts["launches"] += max(0.0, self.host - self.clock)
         self.parts["optimizer"] += FIXED_SECONDS
         done = [
@@ -211,18 +214,17 @@ class _Player:
 
     def _contended(self, start: float, end: float) -> Seconds:
         """What computing and messages cost each other between those times: they share memory and multiprocessors."""
-        starts = [begin for begin, _ in self.busy]
-        sums = [0.0, *itertools.accumulate(stop - begin for begin, stop in self.busy)]
-
-        def busy_until(time: float) -> float:
-            i = bisect_right(starts, time)
-            return sums[i] - max(0.0, self.busy[i - 1][1] - time if i else 0.0)
-
         lost: Seconds = {}
         for begin, stop, part in self.under_way:
-            both = max(0.0, busy_until(min(stop, end)) - busy_until(max(begin, start)))
-            lost[part] = lost.get(part, 0.0) + both * (1 - float(self.costs.hidden.get(part, 1.0)))
+            if begin < end and stop > start:
+                both = self._busy_until(min(stop, end)) - self._busy_until(max(begin, start))
+                lost[part] = lost.get(part, 0.0) + both * (1 - float(self.costs.hidden.get(part, 1.0)))
         return lost
+
+    def _busy_until(self, time: float) -> float:
+        """Seconds for which the rank has computed by then."""
+        i = bisect_right(self.busy, (time, math.inf))
+        return self.busy_before[i] - (max(0.0, self.busy[i - 1][1] - time) if i else 0.0)
 
 
 def _part_of_operator(it: Operator) -> str:

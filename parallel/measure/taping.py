@@ -133,7 +133,7 @@ class _Mode(TorchDispatchMode):
         if packet in PRODUCTS:
             left, right = (call[name] for name in PRODUCTS[packet])
             m, inner, n = left.shape[-2], left.shape[-1], right.shape[-1]
-            self._add("product", (left.numel() // (m * inner), m, n, inner), left.element_size())
+            self._add("product", (math.prod(left.shape[:-2]), m, n, inner), left.element_size())
         elif func._opname.startswith(ATTENTION):
             q, k = call["query"], call["key"]  # (B, H, t, E), (B, K, t', E)
             kind: Kind = "attention_backward" if func._opname.endswith("backward") else "attention"
