@@ -1,4 +1,4 @@
-"""Measure the device at hand, or hold runs against a cluster: either writes a cluster file."""
+"""Measure this machine, or hold runs against a cluster; writes a cluster file."""
 
 import argparse
 import dataclasses
