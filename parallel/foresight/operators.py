@@ -33,16 +33,15 @@ def own_operators(w: Workload) -> Operators:
     computes = computes + ring * (14 + 15 * (w.cp - 1)) + gathers * 50 + exchanges * 22 + 24 * (1 - w.flash)
     again = w.again_rest * (computes - 3 - 6 * w.saves_products - w.saves_attention)
     forward = computes + 14 * passes[0] - 7 * once
-    backward = 108 + half * np.where(sharded == 1, 6, 7) + 2 * tp + 6 * sp
+    backward = 100 + half * np.where(sharded == 1, 10, 15) + 10 * tp + 6 * sp
     backward = backward + 13 * passes[1] + 12 * passes[2]
     backward = backward + ring * (24 + 22 * (w.cp - 1)) + gathers * 76 + exchanges * 22 + 32 * (1 - w.flash)
     backward = backward + again + 18 * w.splits_backward - 17 * replicas
-    ends = 40 + 6 * half + 22 * passes[2] + 42 * tp * w.loss_parallel + 24 * tp * (1 - w.loss_parallel) + 10 * sp
+    ends = 36 + 10 * half + 25 * passes[2] + 46 * tp * w.loss_parallel + 28 * tp * (1 - w.loss_parallel) + 10 * sp
     ends = ends + 24 * (w.loss_chunks - 1)
     dtensors = 1 * (sharded + tp > 0)
     layers = w.n_layers / w.pp
-    alone = 1 - 1 * (w.dp_replicate * w.dp_shard * w.cp > 1) * (1 - sharded)  # gradients come anew, not into buckets
-    step = 20 + 15 * dtensors + layers * (36 + 52 * dtensors - (18 + 7 * dtensors) * alone + 7 * once + 18 * replicas)
+    step = 20 + 15 * dtensors + layers * (27 + 45 * dtensors + 18 * w.buckets - 9 + 7 * once + 18 * replicas)
     return Operators(forward, backward, ends, step)
 
 
@@ -68,7 +67,7 @@ def own_bytes(w: Workload, *, tokens: Number) -> Bytes:
     once = 1 * (w.n_microbatches > 1) * (w.recomputes == 0)
     casts = half * (1 - sharded) * 6 * np.where(once == 1, 1 / w.n_microbatches, 1)  # of weights, forward
     fresh = np.where(sharded == 1, w.reduce_scatters, 1) / w.n_microbatches  # gradients that are added to none
-    added = 12 * (1 - fresh) + np.where(w.buckets == 1, 8 * fresh, 0)  # into a bucket they are copied
+    added = 12 * (1 - fresh) + 8 * w.buckets * fresh  # or moved into buckets
     of_weight = (
         casts + sharded * 2 * e * w.forward_gathers / w.n_microbatches,
         sharded * (2 * e * w.backward_gathers + (e + 4) * w.reduce_scatters) / w.n_microbatches

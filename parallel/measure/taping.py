@@ -85,6 +85,7 @@ class _Mode(TorchDispatchMode):
         self._under_way: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}  # results of messages
         self._norm: _Norm | None = None  # that is under way
         self._norms: dict[int, _Norm] = {}  # by the number of each node
+        self._backward: set[int] = set()  # the first nodes of those of which it has come
         self._updates = False  # the gradients are done
         self._watching = contextlib.ExitStack()
 
@@ -172,7 +173,8 @@ class _Mode(TorchDispatchMode):
         norm = self._norm or (self._norms.get(node._sequence_nr()) if node is not None else None)
         if norm is None or not any(tensor.numel() in (norm.size, norm.rows) for tensor in tensors):
             return False
-        if norm is not self._norm and self._norms.pop(norm.nodes.start, None) is not None:
+        if norm is not self._norm and norm.nodes.start not in self._backward:
+            self._backward.add(norm.nodes.start)
             # Its input's gradient, its weight's, and the sum with that of the residual stream beside it.
             for passes in (3, 2, 3):
                 self._add("bytes", (), 1, passes * norm.n_bytes)
