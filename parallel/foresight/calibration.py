@@ -15,10 +15,11 @@ import numpy as np
 
 from parallel.foresight.clusters import PROFILES, PROGRAM, Cluster, Collectives, Device, Links, Software
 from parallel.foresight.constants import Generation, constant, spreads_of
+from parallel.foresight.operators import own_bytes, own_operators
 from parallel.foresight.prediction import cpu_seconds_of, parts_of
 from parallel.foresight.price import TILE
 from parallel.foresight.uncertainty import PROGRAM_DEVIATION, learnt, sensitivities
-from parallel.foresight.workload import of_recipe
+from parallel.foresight.workload import Workload, of_recipe
 from parallel.recipe import Recipe
 
 STREAMS = 0.8  # of a memory's bandwidth: what the closed form takes copies to reach (price.memory_rate)
@@ -102,10 +103,7 @@ def _software(found: Mapping[str, Any], generation: Generation, streams: float, 
     at_gain_of_one = 2 * b * h * t**2 * e * (1 + 2.5 / 0.8) / rate
     slow, slower = _line(np.stack([1 / t, (forward + backward) / at_gain_of_one], axis=1), 1.0)
     between = found["between"]
-    tokens, d, ff = between["tokens"], between["d_model"], between["d_ff"]
-    qkv = (between["n_heads"] + 2 * between["n_kv_heads"]) * d / between["n_heads"]
-    passed = found["element_bytes"] / 2 * tokens * ((22 + 38) * d + (8 + 14) * ff + (6 + 8) * qkv)  # price._block
-    launches = TORCH.launches * (1 + BACKWARD_LAUNCHES)
+    passed, launches = _of_a_block(found)
     return dataclasses.replace(
         TORCH,
         attention_gain=min(max(1 / slow, 0.01), 10.0),
@@ -114,6 +112,32 @@ def _software(found: Mapping[str, Any], generation: Generation, streams: float, 
         logit_bytes=found["loss"]["seconds"] * streams / found["loss"]["logits"],
         launch_us=sum(found["launches"]) / launches / value("launch") * 1e6,
     )
+
+
+def _of_a_block(found: Mapping[str, Any]) -> tuple[float, float]:
+    """Bytes between its products that were timed, and launches, forward and backward, as price._block counts them."""
+    between = found["between"]
+    tokens, d, ff, heads = (between[key] for key in ("tokens", "d_model", "d_ff", "n_heads"))
+    if found["device"] == "cpu":  # as of any program: see prediction._priced
+        qkv = (heads + 2 * between["n_kv_heads"]) * d / heads
+        passed = found["element_bytes"] / 2 * tokens * ((22 + 38) * d + (8 + 14) * ff + (6 + 8) * qkv)
+        return passed, TORCH.launches * (1 + BACKWARD_LAUNCHES)
+    shape = {key: between[key] for key in ("d_model", "n_heads", "n_kv_heads", "d_ff")}
+    block = Workload(
+        **shape,
+        n_layers=1,
+        head_dim=d / heads,
+        vocab_size=1,
+        seq_len=tokens,
+        micro_batch=1,
+        n_microbatches=1,
+        element_bytes=found["element_bytes"],
+        own=1,
+    )
+    one, two = (own_bytes(block, tokens=n) for n in (1, 2))  # what grows with tokens is no weight's
+    in_weights_type = own_operators(dataclasses.replace(block, element_bytes=4))
+    passed = tokens * (two.forward - one.forward + two.backward - one.backward)
+    return float(passed), float(in_weights_type.forward + in_weights_type.backward)
 
 
 def _links(found: Mapping[str, Any], *, on_cpu: bool, by: str) -> tuple[Links, Collectives]:
