@@ -4,6 +4,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+WAITING := tests/faults tests/slurm
 # The first of these that is Python 3.11 or later.
 PYTHONS := python3 python3.13 python3.12 python3.11 python
 
@@ -24,8 +25,12 @@ test: setup  ## linters, types, and every test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@mkdir -p runs
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --junit-xml=runs/tests.xml
-	@echo "report: $(CURDIR)/runs/tests.xml"
+	@echo "$(WAITING) wait most of their time, and run beside the others, into runs/tests-waiting.log"
+	@$(BIN)/python -m pytest $(WAITING) --junit-xml=runs/tests-waiting.xml >runs/tests-waiting.log 2>&1 & waiting=$$!; \
+	trap 'kill $$waiting' INT TERM; \
+	$(BIN)/python -m pytest $(addprefix --ignore ,$(WAITING)) --junit-xml=runs/tests.xml; status=$$?; \
+	wait $$waiting || status=1; cat runs/tests-waiting.log; exit $$status
+	@echo "reports: $(CURDIR)/runs/tests.xml, $(CURDIR)/runs/tests-waiting.xml"
 
 test-long: setup  ## what `make test` leaves out: further cases of what it has tested
 	$(BIN)/python -m pytest -m long
