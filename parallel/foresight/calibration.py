@@ -17,13 +17,11 @@ from parallel.foresight.clusters import PROFILES, PROGRAM, Cluster, Collectives,
 from parallel.foresight.constants import Generation, constant, spreads_of
 from parallel.foresight.operators import own_bytes, own_operators
 from parallel.foresight.prediction import cpu_seconds_of, parts_of
-from parallel.foresight.price import TILE
+from parallel.foresight.price import BACKWARD_LAUNCHES, STREAMS, TILE
 from parallel.foresight.uncertainty import PROGRAM_DEVIATION, learnt, sensitivities
 from parallel.foresight.workload import Workload, of_recipe
 from parallel.recipe import Recipe
 
-STREAMS = 0.8  # of a memory's bandwidth: what the closed form takes copies to reach (price.memory_rate)
-BACKWARD_LAUNCHES = 1.6  # of a block's backward, in those of its forward (price._block)
 TORCH = Software(**PROFILES["torch"])  # what the lab runs
 ACROSS = {True: (0.125, 300.0), False: (12.5, 60.0)}  # assumed, on CPUs and on GPUs: 10^9 bytes/s, microseconds
 ITERATIONS = 10

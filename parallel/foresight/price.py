@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from parallel.foresight.operators import own_bytes, own_operators, tables_of
+from parallel.foresight.operators import Operators, own_bytes, own_operators, tables_of
 from parallel.foresight.workload import Number, Workload
 
 PARTS = (
@@ -23,6 +23,8 @@ COMPUTE, COMMUNICATION = PARTS[:5], PARTS[5:9]
 TILE = 128 * 128  # elements of a product that one multiprocessor makes at a time
 LINK_HOP_SECONDS, NETWORK_HOP_SECONDS = 2e-6, 4e-6  # of a ring, NCCL's own table (src/graph/tuning.cc, LL128)
 RING_HIDDEN = 0.95  # of a ring's messages, while attention computes
+STREAMS = 0.8  # of a memory's bandwidth, that reading and writing in order reaches
+BACKWARD_LAUNCHES = 1.6  # of a block's backward, in those of its forward, in programs that are not the lab's own
 FIXED_SECONDS = 1e-3  # of a step: reading a batch, the norm, the host
 
 
@@ -72,8 +74,9 @@ def price(w: Workload, r: Rates, k: Constants, *, mean: bool = False) -> dict[st
     mean: of the mean over ranks, in place of the busiest one: what all of them do, over how many they are.
     """
     link = Links(r, k)
-    messages = _block_messages(w, r, k, link)
-    block, head, own = _block(w, r, k, messages), _output_and_loss(w, r, k), own_operators(w)
+    attention, own = _attention(w, r, k), own_operators(w)
+    messages = _block_messages(w, r, k, link, attention)
+    block, head = _block(w, r, k, messages, attention, own), _output_and_loss(w, r, k)
     host = w.own * r.launch_seconds * k["launch"]  # of each operator; with another program all are those of blocks
     # The host that is ahead when the output is computed is so in backward, too.
     layers = w.n_layers / w.pp
@@ -142,7 +145,9 @@ class _Block(NamedTuple):
     backward: Number
 
 
-def _block(w: Workload, r: Rates, k: Constants, messages: _Messages) -> _Block:
+def _block(
+    w: Workload, r: Rates, k: Constants, messages: _Messages, attention: tuple[Number, Number], counted: Operators
+) -> _Block:
     tokens, memory = _tokens(w), memory_rate(r)
     qkv, ff = (w.n_heads + 2 * w.n_kv_heads) * w.head_dim / w.tp, w.d_ff / w.tp
     shapes = (
@@ -156,7 +161,6 @@ def _block(w: Workload, r: Rates, k: Constants, messages: _Messages) -> _Block:
         casts + sum(_forward(w, r, k, tokens, n, inner) for n, inner in shapes),
         casts + sum(_gradients(w, r, k, tokens, n, inner) for n, inner in shapes),
     )
-    attention = _attention(w, r, k)
 
     # Between products: norms, residuals, rotary positions, the gate; by bytes through memory.
     gated, resident = w.n_mlp_matrices - 2, tokens / np.where(w.sequence_parallel == 1, w.tp, 1) * w.d_model
@@ -175,8 +179,8 @@ def _block(w: Workload, r: Rates, k: Constants, messages: _Messages) -> _Block:
 
     launches = np.where(w.compiled == 1, np.minimum(r.launches, 14), r.launches) + 8 * (1 - w.flash)
     launches = launches + 12 * (w.tp > 1) + 8 * (w.cp - 1) * (1 - w.all_to_all)  # a ring's kernels, piece by piece
-    back = launches * (1.6 + np.maximum(w.again_rest, w.again_products))
-    host, counted = r.launch_seconds * k["launch"], own_operators(w)
+    back = launches * (BACKWARD_LAUNCHES + np.maximum(w.again_rest, w.again_products))
+    host = r.launch_seconds * k["launch"]
     # While a message travels the host goes on: seen in dry runs, but not in what was published of other programs.
     beside = messages.tensor_forward + messages.context_forward, messages.tensor_backward + messages.context_backward
     waits = (
@@ -280,7 +284,7 @@ def _tokens(w: Workload) -> Number:
 
 
 def memory_rate(r: Rates) -> Number:
-    return 0.8 * r.memory_bytes_per_s  # what streams reach of it
+    return STREAMS * r.memory_bytes_per_s
 
 
 def layers_of_busiest(w: Workload, *, head_in_layers: Number) -> tuple[Number, Number]:
@@ -299,7 +303,7 @@ def layers_of_busiest(w: Workload, *, head_in_layers: Number) -> tuple[Number, N
 # ---- messages ------------------------------------------------------------------------------------------------------
 
 
-def _block_messages(w: Workload, r: Rates, k: Constants, link: "Links") -> _Messages:
+def _block_messages(w: Workload, r: Rates, k: Constants, link: "Links", attention: tuple[Number, Number]) -> _Messages:
     """Of tp: two all-reduces in forward and two in backward; with sequence parallelism, a reduce-scatter and an
     all-gather for each, of as many bytes, and all-reduces of the gradients of norms.
 
@@ -317,7 +321,7 @@ def _block_messages(w: Workload, r: Rates, k: Constants, link: "Links") -> _Mess
     norms = np.maximum(w.own, r.synchronous) * 2 * seconds * sp * link.all_reduce(w.element_bytes * w.d_model, **among)
 
     per_head = w.element_bytes * _tokens(w) * 2 * w.head_dim / w.tp
-    keys, among, attention = per_head * w.n_kv_heads, {"ranks": w.cp, "stride": w.tp}, _attention(w, r, k)
+    keys, among = per_head * w.n_kv_heads, {"ranks": w.cp, "stride": w.tp}
     exchanged = link.all_to_all(per_head * (w.n_heads + w.n_kv_heads) / 2, **among, calls=2)
     gathered, passed = link.gather(keys * w.cp, **among), link.pass_on(keys, **among)
     scattered = link.scatter(keys * w.cp * 4 / w.element_bytes, **among)

@@ -16,6 +16,7 @@ from parallel.measure.clock import Clock
 from parallel.measure.observer import Observer, Step
 from parallel.measure.record import Record
 from parallel.measure.timeline import length, mean_parts, union
+from parallel.mesh import size_of
 from parallel.process import say
 
 
@@ -25,7 +26,7 @@ class Trace(Observer):
     def __init__(self, folder: Path, device: torch.device, *, mesh: DeviceMesh, number: int, clock: Clock) -> None:
         self._path, self._device = folder / f"trace-rank-{dist.get_rank()}.json.gz", device
         self._number, self._clock = number, clock
-        self._pipeline = mesh.get_group("pp").group_desc if mesh["pp"].size() > 1 else ""
+        self._pipeline = mesh.get_group("pp").group_desc if size_of(mesh, "pp") > 1 else ""
 
     @contextlib.contextmanager
     def step(self, step: Step) -> Iterator[None]:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from parallel.mesh import JOINED
+from parallel.mesh import JOINED, size_of
 from parallel.recipe import MESH_DIMS
 
 NO_PAYLOAD = ("barrier", "monitored_barrier_", "wait_tensor", "check_for_nan", "_wrap_tensor_autograd")
@@ -155,7 +155,7 @@ def dims_of_ranks(mesh: DeviceMesh) -> dict[tuple[int, ...], str]:
     """
     dims: dict[tuple[int, ...], str] = {}
     for name in (*MESH_DIMS, *JOINED):
-        members = [dim for dim in JOINED.get(name, (name,)) if mesh[dim].size() > 1]
+        members = [dim for dim in JOINED.get(name, (name,)) if size_of(mesh, dim) > 1]
         dims.setdefault(ranks_of(mesh.get_group(name)), "·".join(members))
     return {tuple(range(dist.get_world_size())): "world"} | dims
 
