@@ -24,6 +24,7 @@ def empty_record(name: str, sequences: int = 8, **parallel: int) -> Record:
     record = copy.deepcopy(_ended_well(sequences, **parallel))
     record["recipe"]["name"] = name
     record["environment"] |= {
+        "time_utc": "2026-11-01T12:00:00+00:00",  # one day for all, even around midnight
         "device": "cpu",
         "cpu": "Test CPU",
         "cores": 2,
