@@ -8,7 +8,7 @@ Nothing here assumes a real device or a real process group.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.distributed as dist
@@ -53,8 +53,7 @@ class Assembled:
     def forward_backward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """See Engine.gradients. Adds them to each .grad."""
         if self.recipe.parallel.cp > 1:
-            positions = self.stages[0].rotary.positions
-            tokens, targets = tokens[:, positions], targets[:, positions]
+            tokens, targets = tokens[:, self._positions], targets[:, self._positions]
         with attention_kernel(self.recipe.train.attention), self._casts():
             loss = self.microbatches(tokens, targets)
         if self.buckets is not None:
@@ -64,6 +63,12 @@ class Assembled:
         if size_of(self.mesh, "data") > 1:
             dist.all_reduce(loss, group=self.mesh.get_group("data"))
         return loss / self.averaged
+
+    @cached_property
+    def _positions(self) -> Tensor:
+        """Those of this rank's tokens; on the device, or each step would wait for a copy."""
+        rotary = self.stages[0].rotary
+        return rotary.positions.to(rotary.cos.device)
 
     def _casts(self) -> AbstractContextManager[None]:
         """Within, weights are cast once for all microbatches, not in each, which would keep its own for backward.

@@ -36,5 +36,7 @@ def rows_of_replica(recipe: Recipe, mesh: DeviceMesh) -> range:
 def token_batch(corpus: Corpus, recipe: Recipe, step: int, rows: range, device: torch.device) -> tuple[Tensor, Tensor]:
     """Tokens and targets of some rows of the global batch of a step, counted from 0: int64 (len(rows), seq_len)."""
     sequences = corpus.sequences(step=step, global_batch=recipe.train.global_batch, rows=rows)
-    tokens = torch.from_numpy(sequences).to(device)
+    tokens = torch.from_numpy(sequences)
+    if device.type == "cuda":  # out of pinned memory, or the copy would wait for all that is queued
+        tokens = tokens.pin_memory().to(device, non_blocking=True)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

@@ -1,7 +1,9 @@
 """One rank's run: prove the layout, train, record."""
 
+import contextlib
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,13 +11,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from parallel.batches import corpus_of, refuse_different_data, rows_of_replica, token_batch
 from parallel.checkpoint.files import Checkpoint, last_readable, refuse_unfit, remove_checkpoint, step_folders
 from parallel.checkpoint.saving import Saver, last_whole, load
 from parallel.collectives import gathered
 from parallel.engines import engine_of
-from parallel.engines.engine import Resumable, run_step
+from parallel.engines.engine import Engine, Resumable, read_step, run_step
 from parallel.measure.clock import WARM_UP_STEPS, Clock
 from parallel.measure.counters import Counters, fill_in
 from parallel.measure.hardware import faster_float32_matmul, float32_matmul, matmul_ceiling, peak_of_rank
@@ -29,6 +32,8 @@ from parallel.mesh import build_mesh
 from parallel.process import process_group, say
 from parallel.proof import prove
 from parallel.recipe import Recipe, RecipeError, refuse_missing_packages
+
+UNREAD_STEPS = {"cpu": 0, "cuda": 1}  # a GPU works on the next step while its host reads what a step has given
 
 
 def train(
@@ -155,6 +160,7 @@ def train_in_group(
         clock,
         counters,
     ]
+    saver = None
     if recipe.checkpoint.every:
         assert isinstance(engine, Resumable)
         matmul = record.environment.float32_matmul
@@ -163,11 +169,17 @@ def train_in_group(
         if dist.get_rank() == 0:
             saver.saved = partial(add_save, out)
         saver.refuse_to_begin()
-        engine.observers.insert(0, saver)
-    for number in range(first_step, recipe.train.steps + 1):
-        run_step(engine, Step(number), lambda number: token_batch(corpus, recipe, number - 1, rows, device))
+    _run_steps(
+        engine,
+        range(first_step, recipe.train.steps + 1),
+        lambda number: token_batch(corpus, recipe, number - 1, rows, device),
+        unread=UNREAD_STEPS[device.type],
+        saver=saver,
+    )
     for observer in engine.observers:
         observer.report(record)
+    if saver is not None:
+        saver.report(record)
 
     if device.type == "cpu":  # whatever else runs on the machine can only slow a product down
         ceiling = max(ceiling, _ceiling(recipe, device))
@@ -184,6 +196,31 @@ def train_in_group(
     record.checkpoint.lives, record.goodput = lived(out, DONE)
     write_record(out / "record.json", record.as_json())
     return record.as_json()
+
+
+def _run_steps(
+    engine: Engine,
+    numbers: range,
+    batch: Callable[[int], tuple[Tensor, Tensor]],
+    *,
+    unread: int,
+    saver: Saver | None,
+) -> None:
+    """unread: steps whose results are still to be read when the next one is run."""
+    running: deque[Step] = deque()
+
+    def read(leaving: int = 0) -> None:
+        while len(running) > leaving:
+            read_step(engine, running.popleft())
+
+    with saver or contextlib.nullcontext():
+        for number in numbers:
+            running.append(Step(number))
+            run_step(engine, running[-1], batch)
+            read(leaving=unread)
+            if saver is not None:
+                saver.after(number, read)
+        read()
 
 
 def _checkpoint_of(recipe: Recipe, run: Path, *, same_run: bool, data: str) -> Checkpoint | None:

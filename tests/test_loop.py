@@ -14,6 +14,7 @@ from layouts import CPU, batch_of, small_recipe
 from ranks import Ranks
 
 import parallel.measure.hardware as hardware
+import parallel.training as training
 from parallel.actions import Action
 from parallel.batches import rows_of_replica
 from parallel.engines.engine import run_step
@@ -90,6 +91,8 @@ def do_step(observers: list[Observer], number: int, *, loss: float = 1.0, norm: 
     step = Step(number)
     with nested(observer.step(step) for observer in observers):
         step.loss, step.grad_norm, step.seconds = torch.tensor(loss), torch.tensor(norm), 0.25
+    for observer in reversed(observers):
+        observer.read(step)
     return step
 
 
@@ -102,18 +105,94 @@ class Listening(Observer):
         self.heard.append(f"{self.name} begins")
         try:
             yield
+            if self.name == "bad":
+                raise ValueError
         finally:
             self.heard.append(f"{self.name} ends")
+
+    def read(self, step: Step) -> None:
+        self.heard.append(f"{self.name} reads")
 
 
 def test_observers_are_nested_as_they_are_listed_and_all_end_when_one_raises() -> None:
     heard: list[str] = []
+    with pytest.raises(ValueError):
+        do_step([Listening("a", heard), Listening("bad", heard), Listening("b", heard)], 1)
+    assert heard == ["a begins", "bad begins", "b begins", "b ends", "bad ends", "a ends"]
+    heard.clear()
     with pytest.raises(Diverged):
         do_step([Listening("a", heard), FiniteCheck(), Listening("b", heard)], 1, loss=math.nan)
-    assert heard == ["a begins", "b begins", "b ends", "a ends"]
+    assert heard == ["a begins", "b begins", "b ends", "a ends", "b reads"]
     observer = Observer()
     with observer.step(Step(1)), observer.around(Action("forward", 0, 0)):
         observer.report(Record())
+
+
+class Event:
+    """One of CUDA's: the device comes to it at `when`, in seconds."""
+
+    now = 0.0
+
+    def __init__(self, when: float) -> None:
+        self.when = when
+
+    def query(self) -> bool:
+        return Event.now >= self.when
+
+    def synchronize(self) -> None:
+        Event.now = max(Event.now, self.when)
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 1e3 * (end.when - self.when)
+
+
+def test_a_device_s_steps_are_where_its_own_clock_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host queues the first at once, the second while that runs; then it is late, and so is the device."""
+    watch, steps = Clock(small_recipe(), CPU), [Step(number) for number in range(1, 5)]
+    queued, on_device = (0.0, 1.0, 2.0, 9.0), ((0.0, 3.0), (3.0, 5.0), (5.0, 6.0), (9.0, 11.0))
+    events = iter([Event(when) for ends in on_device for when in ends])
+    monkeypatch.setattr(clock.time, "time", lambda: Event.now)
+    monkeypatch.setattr(Clock, "_event", lambda self: next(events))
+    for i, step in enumerate(steps):
+        Event.now = max(Event.now, queued[i])
+        with watch.step(step):
+            pass
+        if i:
+            watch.read(steps[i - 1])  # a step later, for the third when it has long been over
+    watch.read(steps[-1])
+    assert [(step.began, step.began + step.seconds) for step in steps] == [*on_device]
+
+
+def late(recipe: Recipe, out: str, unread: int) -> str | None:
+    """With so many steps queued before one is read; and how it ended, if that was not well."""
+    with mock.patch.dict(training.UNREAD_STEPS, cpu=unread):
+        try:
+            run_from(recipe, out, 1)
+        except Diverged as error:
+            return str(error)
+    return None
+
+
+def test_a_step_that_is_read_when_the_next_is_queued_is_the_same(ranks: Ranks, tmp_path: Path) -> None:
+    recipe = small_recipe(
+        parallel=dict(dp_shard=2), train=dict(steps=5, parity=False), checkpoint=dict(every=2, keep=3)
+    )
+    wild = small_recipe("float32", train=dict(steps=50, learning_rate=1e3, parity=False), checkpoint=dict(every=1))
+    found = {}
+    for unread in (0, 1):
+        out, diverging = tmp_path / f"{unread}", tmp_path / f"wild{unread}"
+        for folder in (out, diverging):
+            folder.mkdir()
+        assert ranks(2, late, recipe, str(out), unread) == [None, None]
+        [reason] = ranks(1, late, wild, str(diverging), unread)
+        rows = [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
+        saved = {path.relative_to(out): path.read_bytes() for path in out.glob("checkpoints/*/part-*")}
+        good = sorted(folder.name for folder in diverging.glob("checkpoints/step-*"))
+        found[unread] = [(row["step"], row["loss"], row["grad_norm"]) for row in rows], saved, reason, good
+    assert found[0] == found[1]
+    rows, saved, reason, good = found[1]
+    assert [step for step, *_ in rows] == [1, 2, 3, 4, 5] and len(saved) == 6
+    assert reason is not None and good and f"step {int(good[-1][5:]) + 1} gave" in reason
 
 
 class Slow(Observer):

@@ -20,7 +20,7 @@ from parallel.actions import Action
 from parallel.assemble import assemble
 from parallel.batches import rows_of_replica
 from parallel.dryrun import dry_run, dry_run_rank
-from parallel.engines.engine import run_step
+from parallel.engines.engine import read_step, run_step
 from parallel.engines.native import NativeEngine
 from parallel.measure.clock import Clock
 from parallel.measure.observer import Step
@@ -91,6 +91,7 @@ def timed_steps(recipe: Recipe) -> tuple[dict[str, Any], list[float], int]:
     engine.observers += [timeline, clock]
     for number in range(3):
         run_step(engine, step := Step(number), lambda _: batch_of(recipe, rows))
+        read_step(engine, step)
         seconds.append(step.seconds)
     assert (dist.Work.wait, functional.wait_tensor) == waits
     n_waits = len(timeline._steps[-1].waits)
@@ -183,6 +184,7 @@ def by_hand() -> dict[str, Any]:
             ]
             timeline._step.waits = [(start * scale, end * scale) for start, end in hand["waits"]]
             step.seconds = hand["seconds"] * scale
+        timeline.read(step)
     return timeline.sections(steps=[0, 1, 2])
 
 

@@ -3,12 +3,12 @@
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from signal import Signals
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,6 @@ from parallel.checkpoint.files import (
 from parallel.checkpoint.storage import SafetensorsReader, SafetensorsWriter
 from parallel.collectives import gathered
 from parallel.measure.clock import Clock
-from parallel.measure.observer import Observer, Step
 from parallel.measure.record import Record
 from parallel.mesh import local_part
 from parallel.process import say
@@ -40,10 +39,10 @@ from parallel.recipe import Recipe, RecipeError
 State = dict[str, Tensor]
 
 
-class Saver(Observer):
+class Saver:
     """Saves the run every n steps, after the last, and where a signal has asked any rank for the end.
 
-    The outermost of the observers: a step that another of them refuses is not saved. Collective, as its steps are.
+    Steps happen within it, and `after` is called after each. Collective, as the steps are.
     state: the engine's. about: what the manifest says of the run. asked: signals that came to this rank, as they come.
     """
 
@@ -62,36 +61,41 @@ class Saver(Observer):
         self._clock, self._device, self._asked = clock, device, asked
         limit = timedelta(seconds=recipe.train.time_limit_seconds)
         self._group = dist.new_group(backend="gloo", timeout=limit)  # torch's planner talks while training does
+        # Hosts agree among themselves, or they would wait for all that their GPUs have still to do.
+        self._hosts = dist.new_group(backend="gloo", timeout=limit) if device.type == "cuda" else dist.group.WORLD
         self._copies: list[Tensor] = []  # in memory, for what is written in the background
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
+        self._disturbed = False  # the step that is run now, by what is written in the background
         self._waited: list[float] = []
         self._in_background: list[float] = []
         self._last: Path | None = None
         self.saved: Callable[[float], None] = lambda waited_seconds: None  # told of each save
 
-    @contextlib.contextmanager
-    def step(self, step: Step) -> Iterator[None]:
-        disturbed = self._running is not None and not self._running.done()
-        try:
-            yield
-        except BaseException:
-            with contextlib.suppress(Exception):
-                self._finish()  # what is under way in the background is of an earlier step, and good
-            raise
-        last = step.number == self._recipe.train.steps
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with contextlib.suppress(Exception):
+            self._finish()  # what is under way in the background is of an earlier step than one that failed, and good
+
+    def after(self, number: int, read: Callable[[], None]) -> None:
+        """Step `number` has been run. read: waits until it is done, and raises where it must not be saved."""
+        last = number == self._recipe.train.steps
         signal, failed = self._agreed()
         if failed:
             self._finish()
-        if last or signal or step.number % self._recipe.checkpoint.every == 0:
-            self._save(step.number)
-            disturbed = True
-        if disturbed:
-            self._clock.leave_out(step.number, "checkpoint")
+        saves = bool(last or signal or number % self._recipe.checkpoint.every == 0)
+        if saves:
+            read()
+            self._save(number)
+        if saves or self._disturbed:
+            self._clock.leave_out(number, "checkpoint")
         if last or signal:
             self._finish()
+        self._disturbed = self._running is not None and not self._running.done()
         if signal and not last:
-            raise Stopped(f"stopped by {Signals(signal).name} after step {step.number}, and saved: --resume goes on")
+            raise Stopped(f"stopped by {Signals(signal).name} after step {number}, and saved: --resume goes on")
 
     def refuse_to_begin(self) -> None:
         """Raises Stopped where a signal has come before the first step."""
@@ -114,8 +118,8 @@ class Saver(Observer):
         No reduction of a step has all ranks in it, so that this is one more, of two numbers.
         """
         failed = self._running is not None and self._running.done() and self._running.exception() is not None
-        mine = torch.tensor([max(self._asked, default=0), failed], device=self._device)
-        dist.all_reduce(mine, op=dist.ReduceOp.MAX)
+        mine = torch.tensor([max(self._asked, default=0), failed])
+        dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=self._hosts)
         signal, failed = mine.tolist()
         return signal, failed
 

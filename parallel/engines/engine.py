@@ -110,7 +110,17 @@ def environment(**variables: object) -> Iterator[None]:
 
 
 def run_step(engine: Engine, step: Step, batch: Callable[[int], Iterable[Tensor]]) -> None:
-    """One optimizer step, within the engine's observers. batch: number of a step -> tokens and targets."""
+    """One optimizer step, within the engine's observers. batch: number of a step -> tokens and targets.
+
+    On CUDA it need not be done: `read_step` waits for that.
+    """
     with nested(observer.step(step) for observer in engine.observers):
-        step.loss = engine.gradients(*batch(step.number))
-        step.grad_norm = engine.update()
+        loss = engine.gradients(*batch(step.number))
+        grad_norm = engine.update()
+        step.loss, step.grad_norm = (number.to("cpu", non_blocking=True) for number in (loss, grad_norm))
+
+
+def read_step(engine: Engine, step: Step) -> None:
+    """Tells the observers that a step is done, when it is: a clock among them waits for it."""
+    for observer in reversed(engine.observers):
+        observer.read(step)

@@ -8,6 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,11 +25,13 @@ KEPT_STEPS = 10_000  # the last ones; speed is theirs
 
 
 class Clock(Observer):
-    """Clocks each step, with the device's work done, and says how fast those are that count."""
+    """Clocks each step, on CUDA by the device's own clock, and says how fast those are that count."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self._recipe, self._device = recipe, device
-        self._n_steps = 0
+        self._n_steps, self._ended = 0, 0.0
+        # Of each that was not read yet. Seconds: CPU, busy cores; on CUDA the events of its two ends.
+        self._unread: deque[tuple[float, float, Any, Any]] = deque()
         self._steps: deque[tuple[int, float, float, float]] = deque()  # number; seconds: wall, CPU, busy cores
         self._left_out: dict[int, str] = {}  # why, on this rank
 
@@ -36,6 +39,7 @@ class Clock(Observer):
     def step(self, step: Step) -> Iterator[None]:
         n_graphs = torch_private.n_compiled_graphs()
         busy = self._busy_seconds()
+        step.began, start = time.time(), self._event()
         wall, cpu = self._now()
         yield
         wall, cpu = (now - before for now, before in zip(self._now(), (wall, cpu), strict=True))
@@ -46,7 +50,18 @@ class Clock(Observer):
             self.leave_out(step.number, "compile")
         if self._n_steps <= WARM_UP_STEPS:  # wherever a run begins
             self._left_out[step.number] = "warm-up"
-        self._steps.append((step.number, wall, cpu, busy))
+        self._unread.append((cpu, busy, start, self._event()))
+
+    def read(self, step: Step) -> None:
+        cpu, busy, start, end = self._unread.popleft()
+        if end is not None:
+            ends_now = not end.query()
+            end.synchronize()
+            step.seconds = start.elapsed_time(end) / 1e3
+            # The host may have queued this step before the device was done with the one before.
+            step.began = time.time() - step.seconds if ends_now else max(step.began, self._ended)
+            self._ended = step.began + step.seconds
+        self._steps.append((step.number, step.seconds, cpu, busy))
         if len(self._steps) > KEPT_STEPS:
             self._left_out.pop(self._steps.popleft()[0], None)
 
@@ -89,8 +104,15 @@ class Clock(Observer):
 
     def _now(self) -> tuple[float, float]:
         """Wall seconds, and CPU seconds of all threads of this process."""
-        torch.get_device_module(self._device).synchronize(self._device)
         return time.perf_counter(), sum(os.times()[:2])
+
+    def _event(self) -> Any:
+        """On CUDA, one that is recorded when the device has come to it."""
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def busy_ticks(stat: str, cores: Collection[int]) -> int:

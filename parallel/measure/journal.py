@@ -1,10 +1,9 @@
 """What a run says of its steps: in steps.jsonl, on the terminal, in the record; and when it must end."""
 
-import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,7 @@ class FiniteCheck(Observer):
         self._may_skip = MOST_SKIPPED if skips else 0
         self._skipped = 0
 
-    @contextlib.contextmanager
-    def step(self, step: Step) -> Iterator[None]:
-        yield
+    def read(self, step: Step) -> None:
         loss, norm = step.loss.item(), step.grad_norm.item()
         self._skipped = 0 if math.isfinite(norm) else self._skipped + 1
         if 0 < self._skipped <= self._may_skip:
@@ -68,9 +65,7 @@ class Journal(Observer):
             for row in earlier:
                 self._keep(row)
 
-    @contextlib.contextmanager
-    def step(self, step: Step) -> Iterator[None]:
-        yield
+    def read(self, step: Step) -> None:
         loss, norm = step.loss.item(), step.grad_norm.item()
         row = {"step": step.number, "loss": loss, "grad_norm": norm, "seconds": step.seconds}
         if dist.get_rank() == 0:
@@ -107,9 +102,7 @@ class Progress(Observer):
         self._least_seconds = None if peak is None else flops / (recipe.world_size * peak)
         self._counters = counters
 
-    @contextlib.contextmanager
-    def step(self, step: Step) -> Iterator[None]:
-        yield
+    def read(self, step: Step) -> None:
         if dist.get_rank() == 0:
             say(self._line(step))
 

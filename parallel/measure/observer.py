@@ -16,9 +16,10 @@ class Step:
     """One optimizer step, as far as it has come."""
 
     number: int  # from 1
-    loss: Tensor = field(init=False)  # mean over the global batch, when the step is done
-    grad_norm: Tensor = field(init=False)  # before clipping
-    seconds: float = field(init=False)  # when the clock has stopped
+    loss: Tensor = field(init=False)  # mean over the global batch; on the host, a number when the step is done
+    grad_norm: Tensor = field(init=False)  # before clipping; the same
+    began: float = field(init=False)  # time.time(); this and the next when the clock has read them
+    seconds: float = field(init=False)
 
 
 class Observer:
@@ -28,8 +29,11 @@ class Observer:
     """
 
     def step(self, step: Step) -> AbstractContextManager[None]:
-        """The step happens within."""
+        """The step happens within; on CUDA it is queued there, and may be done later."""
         return contextlib.nullcontext()
+
+    def read(self, step: Step) -> None:
+        """The step is done, and has its numbers. The last observer is told first."""
 
     def around(self, action: Action) -> AbstractContextManager[None]:
         """An action of the pipeline happens within."""

@@ -53,19 +53,23 @@ class Timeline(Observer):
         self._clocks_waits = waits_in_python and not self._on_cuda and not in_graph
         self._steps: deque[_Step] = deque(maxlen=OBSERVED_STEPS)
         self._step = _Step()
+        self._unread: deque[tuple[_Step, Any]] = deque()  # with the time, or the event, of its beginning
 
     @contextlib.contextmanager
     def step(self, step: Step) -> Iterator[None]:
         self._step = _Step(step.number)
-        began, base = time.time(), self._now()
+        self._unread.append((self._step, self._now()))
         with wrapped_waits(self._clocked()) if self._clocks_waits else contextlib.nullcontext():
             yield
-        self._step.seconds = step.seconds
-        if self._on_cuda:  # and the clock has waited for it
-            for i, (action, *events) in enumerate(self._step.actions):
-                start, end = (began + base.elapsed_time(event) / 1e3 for event in events)
-                self._step.actions[i] = (action, start, end)
-        self._steps.append(self._step)
+
+    def read(self, step: Step) -> None:
+        done, base = self._unread.popleft()
+        done.seconds = step.seconds
+        if self._on_cuda:
+            for i, (action, *events) in enumerate(done.actions):
+                start, end = (step.began + base.elapsed_time(event) / 1e3 for event in events)
+                done.actions[i] = (action, start, end)
+        self._steps.append(done)
 
     @contextlib.contextmanager
     def _clocked(self) -> Iterator[None]:

@@ -34,8 +34,11 @@ class Trace(Observer):
             yield
             return
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._device.type == "cuda" else [])]
+        synchronize = torch.get_device_module(self._device).synchronize
+        synchronize(self._device)  # with the step before
         with profile(activities=activities) as profiler, record_function(f"step {step.number}"):
-            yield  # the clock, within, has waited for the device
+            yield
+            synchronize(self._device)
         profiler.export_chrome_trace(str(self._path))
         self._clock.leave_out(step.number, "profile")
         dist.barrier()  # the next step shall not wait for whoever still writes
