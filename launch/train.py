@@ -43,6 +43,8 @@ from parallel.measure.lives import start_life
 from parallel.measure.record import read_record
 from parallel.recipe import Recipe, RecipeError, load_recipe
 
+# On CUDA: what is freed in one size can be used in another, which large models need to the last GiB.
+ALLOCATOR = "expandable_segments:True"
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
@@ -132,6 +134,8 @@ def run(recipe: Recipe, folder: Path, rank: int, options: Mapping[str, Any]) -> 
 
 def import_training() -> None:
     """Imports what a rank needs, without collections of what stays anyway: they take a quarter of the time."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = ALLOCATOR
     gc.disable()
     try:
         import parallel.training  # noqa: F401

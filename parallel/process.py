@@ -23,7 +23,8 @@ def choose_device(recipe: Recipe, store: dist.Store | None = None) -> tuple[torc
 
     store: of the run's ranks, which all must call this; None for a run of one. A process that sees one GPU beside
     others on its host may have been given its own (`srun --gpus-per-task=1`): ranks tell each other which they see.
-    Raises RecipeError where the recipe asks for CUDA and it cannot be had, or for a kernel that the device lacks.
+    Raises RecipeError where the recipe asks for CUDA and it cannot be had, or for a kernel that the device lacks, and
+    where the ranks' GPUs are of several models.
     """
     train, attention, gpus = recipe.train, recipe.train.attention, torch.cuda.device_count()
     index, lack = 0, None if gpus else "this host has no GPU"
@@ -55,10 +56,18 @@ def _gpu_among_ranks(gpus: int, store: dist.Store, world_size: int) -> tuple[int
     index = int(local_rank or 0) if gpus >= local_ranks else 0
     if gpus < local_ranks and gpus != 1:
         store.set("lack", f"{local_ranks} of the ranks are on a host with {gpus} GPUs")
-    elif store.add(f"{host} {torch.cuda.get_device_properties(index).uuid}", 1) > 1:
-        store.set("lack", f"two of the {local_ranks} ranks of a host see the same GPU")
+    else:
+        gpu = torch.cuda.get_device_properties(index)
+        store.add(gpu.name, 1)
+        if store.add(f"{host} {gpu.uuid}", 1) > 1:
+            store.set("lack", f"two of the {local_ranks} ranks of a host see the same GPU")
     _meet(store, "looked", world_size)
-    return index, store.get("lack").decode() if store.check(["lack"]) else None
+    if store.check(["lack"]):
+        return index, store.get("lack").decode()
+    if store.add(gpu.name, 0) < world_size:
+        remedy = f"the ranks have GPUs of several models ({gpu.name} and others), which draw other initial weights and"
+        raise RecipeError("train.device", "cuda", f"{remedy} have no common peak; give all ranks the same")
+    return index, None
 
 
 def _meet(store: dist.Store, place: str, world_size: int) -> None:
@@ -79,6 +88,9 @@ def process_group(recipe: Recipe) -> Iterator[tuple[torch.device, str | None]]:
         store, rank = _rendezvous(timeout)
     device, unused = choose_device(recipe, dist.PrefixStore("devices", store) if store else None)
     on_cuda = device.type == "cuda"
+    # With its device a group has all its messages on one stream, where what a stage waits for holds up what it sends:
+    # of a pipeline each pair of neighbours has a communicator of its own (pytorch/pytorch#175712).
+    all_on_one_stream = on_cuda and recipe.parallel.pp == 1
     if on_cuda:
         torch.cuda.set_device(device)
     else:
@@ -89,7 +101,7 @@ def process_group(recipe: Recipe) -> Iterator[tuple[torch.device, str | None]]:
         rank=rank,
         world_size=recipe.world_size,
         timeout=timeout,
-        device_id=device if on_cuda else None,
+        device_id=device if all_on_one_stream else None,
     )
     try:
         yield device, unused

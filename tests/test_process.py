@@ -14,11 +14,12 @@ from layouts import small_recipe
 from ranks import Ranks
 
 import parallel.process
+from launch.train import import_training
 from parallel.mesh import build_mesh
 from parallel.process import choose_device, process_group
 from parallel.recipe import Recipe, RecipeError
 
-Seen = list[str]  # the UUIDs of the GPUs that one rank sees
+Seen = list[str]  # the UUIDs of the GPUs that one rank sees; the letter is the model
 
 
 def chosen(recipe: Recipe, store: str, seen: list[Seen], hosts: list[str]) -> tuple[str, str | None]:
@@ -27,7 +28,11 @@ def chosen(recipe: Recipe, store: str, seen: list[Seen], hosts: list[str]) -> tu
         mock.patch.dict(os.environ, LOCAL_RANK=str(hosts[:rank].count(hosts[rank]))),
         mock.patch.object(socket, "gethostname", lambda: hosts[rank]),
         mock.patch.object(torch.cuda, "device_count", lambda: len(seen[rank])),
-        mock.patch.object(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=seen[rank][index])),
+        mock.patch.object(
+            torch.cuda,
+            "get_device_properties",
+            lambda index: SimpleNamespace(uuid=seen[rank][index], name=f"model {seen[rank][index][0]}"),
+        ),
     ):
         try:
             device, unused = choose_device(recipe, dist.FileStore(store, len(seen)))
@@ -39,8 +44,8 @@ def chosen(recipe: Recipe, store: str, seen: list[Seen], hosts: list[str]) -> tu
 @pytest.mark.parametrize(
     ("seen", "hosts", "device", "said"),
     [
-        ([["a", "b"], ["a", "b"]], "xx", ["cuda:0", "cuda:1"], None),
-        ([["a"], ["b"]], "xx", ["cuda:0", "cuda:0"], None),  # as under srun --gpus-per-task=1
+        ([["a1", "a2"], ["a1", "a2"]], "xx", ["cuda:0", "cuda:1"], None),
+        ([["a1"], ["a2"]], "xx", ["cuda:0", "cuda:0"], None),  # as under srun --gpus-per-task=1
         ([["a"], ["a"]], "xy", ["cuda:0", "cuda:0"], None),  # on two hosts
         ([["a"], ["a"]], "xx", ["cpu", "cpu"], "this host has 1 GPU: two of the 2 ranks of a host see the same GPU"),
         ([["a", "b"]] * 3, "xxx", ["cpu"] * 3, "this host has 2 GPUs: 3 of the ranks are on a host with 2 GPUs"),
@@ -61,6 +66,26 @@ def test_each_rank_has_a_gpu_of_its_own_or_none_has(
     assert {kind for kind, _ in answers} == ({"refused"} if "cpu" in device else set(device))
     asked = small_recipe("float32", parallel=dict(cp=len(seen)), train=dict(seq_len=24, device="cpu"))
     assert {kind for kind, _ in ranks(len(seen), chosen, asked, str(tmp_path / "cpu"), seen, list(hosts))} == {"cpu"}
+
+
+def test_gpus_of_several_models_are_refused_on_every_rank(ranks: Ranks, tmp_path: Path) -> None:
+    recipe = small_recipe("float32", parallel=dict(cp=3), train=dict(seq_len=24))
+    answers = ranks(3, chosen, recipe, str(tmp_path / "mixed"), [["a1"], ["b1"], ["a2"]], list("xyz"))
+    assert [kind for kind, _ in answers] == ["refused"] * 3
+    assert "GPUs of several models (model b and others)" in str(answers[1][1])
+
+
+@pytest.mark.parametrize(("pp", "bound"), [(1, True), (2, False)])
+def test_neighbours_in_a_pipeline_do_not_share_a_stream(monkeypatch: pytest.MonkeyPatch, pp: int, bound: bool) -> None:
+    options: dict[str, Any] = {}
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(parallel.process, "choose_device", lambda recipe, store: (torch.device("cuda", 0), None))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda *arguments, **given: options.update(given))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with process_group(small_recipe(parallel=dict(pp=pp), train=dict(micro_batch=2))):
+        pass
+    assert (options["device_id"] is not None) == bound
 
 
 def test_a_rank_that_does_not_know_its_place_on_its_host_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,6 +113,22 @@ def test_a_rank_that_raises_does_not_wait_for_the_goodbye_of_nccl(
     with process_group(small_recipe()):
         pass
     assert len(left) == ends + 1
+
+
+@pytest.mark.parametrize("known", ["", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocator_is_asked_for_segments_that_grow_unless_the_user_asks_for_something(
+    monkeypatch: pytest.MonkeyPatch, known: str
+) -> None:
+    for key in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(key, "")  # so that it is as before when the test is over
+        monkeypatch.delenv(key)
+    if known:
+        monkeypatch.setenv(known, "max_split_size_mb:512")
+    import_training()
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == {
+        "": "expandable_segments:True",
+        "PYTORCH_ALLOC_CONF": "max_split_size_mb:512",
+    }.get(known)
 
 
 def timeouts(recipe: Recipe) -> set[float]:
