@@ -6,6 +6,7 @@ FLOPs are counted by the trackers of a measured run.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from parallel.cuda_kernels import cuda_kernels
 from parallel.engines.engine import run_step
 from parallel.engines.native import NativeEngine
 from parallel.kinds import distinct_ranks
@@ -31,10 +33,10 @@ from parallel.weights import load_no_weights
 CPU = torch.device("cpu")  # fake CUDA tensors need a CUDA build
 COUNTED_STEP = 2  # the first makes the optimizer's state
 MEMORY_NOTE = (
-    "Live tensor storages of a step, with the CPU's operators. Not in these figures: the allocator's rounding (512"
-    " bytes a tensor on CUDA) and fragmentation, workspaces of cuBLAS and other kernels, buffers of NCCL, the CUDA"
-    " context, code. CUDA kernels may fuse, or keep, other intermediate results than those of the CPU."
+    "Live tensor storages of a step, with {kernels}. Not in these figures: the allocator's rounding (512 bytes a tensor"
+    " on CUDA) and fragmentation, workspaces of cuBLAS and other kernels, buffers of NCCL, the CUDA context, code."
 )
+KERNELS = {"cpu": "a CPU's operators (train.device)", "cuda": "norms as on CUDA, and a CPU's other operators"}
 EAGER_NOTE = " As eager code runs: what torch.compile fuses or computes again is not modelled."
 
 
@@ -49,13 +51,20 @@ def dry_run(recipe: Recipe, *, ranks: Sequence[int], say: Callable[[str], None] 
 def record_of(recipe: Recipe, counted: Mapping[int, Measures]) -> dict[str, Any]:
     """The same from what `measure_each` gave, by rank."""
     record = Record.of(recipe, kind="dry-run")
-    record.environment.device, record.environment.backend = "fake cpu", "fake"
-    note = MEMORY_NOTE + (EAGER_NOTE if recipe.train.compile != "none" else "")
+    device = stands_for(recipe)
+    record.environment.device, record.environment.backend = f"fake {device}", "fake"
+    note = MEMORY_NOTE.format(kernels=KERNELS[device]) + (EAGER_NOTE if recipe.train.compile != "none" else "")
     peak = Peak(None, "a dry run takes no time")
     kinds = distinct_ranks(recipe)
     fill_in(record, recipe, counted, kinds=kinds, step=COUNTED_STEP, peak=peak, ceiling=None, note=note)
     record.status = "ok"
     return record.as_json()
+
+
+def stands_for(recipe: Recipe) -> str:
+    """The kind of device, "cpu" or "cuda", whose kernels a dry run counts: the recipe's, or this machine's for auto."""
+    asked = recipe.train.device
+    return asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def measure_each(
@@ -116,7 +125,7 @@ def dry_run_rank(recipe: Recipe, *, rank: int, taped: bool = False) -> Measures:
         taping = Taping(engine.mesh, nth=COUNTED_STEP)
         if taped:
             engine.observers.append(taping)
-        with fake:
+        with fake, cuda_kernels() if stands_for(recipe) == "cuda" else contextlib.nullcontext():
             for number in range(1, COUNTED_STEP + 1):
                 run_step(engine, Step(number), batch)
         assert counters.measures is not None

@@ -1,5 +1,6 @@
 """Does a recipe fit into memory? A dry run of each kind of rank tells."""
 
+import dataclasses
 from collections.abc import Callable
 
 from parallel.dryrun import measure_each
@@ -18,8 +19,11 @@ REMEDIES = {
 def refuse_too_large(recipe: Recipe, *, memory_bytes: int, given: str, say: Callable[[str], None]) -> dict[str, int]:
     """The memory of the rank that needs most: {rank, peak_bytes, parameters_bytes, ...}, from a dry run of each kind.
 
+    Ranks that may run on a CPU or a GPU are taken to run on a GPU, for it is an accelerator's memory that is asked for.
     given: what the user wrote for memory_bytes. Raises RecipeError for the first rank for which it is not enough.
     """
+    if recipe.train.device == "auto":
+        recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, device="cuda"))
     fullest: dict[str, int] = {"peak_bytes": 0}
     for rank, measures in measure_each(recipe, list(distinct_ranks(recipe)), say):
         memory = measures.memory

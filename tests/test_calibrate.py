@@ -72,7 +72,7 @@ def synthetic() -> dict[str, Any]:
         "between": {"tokens": tokens, "d_model": d, "d_ff": ff, "n_heads": 32, "n_kv_heads": 8}
         | {"seconds": [share * 0.9 * k["operators"] * passed / STREAMS for share in (0.3, 0.7)]},
         "loss": {"logits": 2**30, "seconds": 2**30 * 40 / STREAMS},
-        "launches": [operators * LAUNCH * k["launch"] for operators in (53, 100)],
+        "launches": [operators * LAUNCH * k["launch"] for operators in (53, 98)],
         "collectives": {
             "all_reduce": message(30e-6, 1.5 / 400e9),
             "all_gather": message(15e-6, 0.75 / 200e9),

@@ -150,6 +150,31 @@ def _calls(measures: Measures, collective: str) -> int:
     return sum(row["calls"] for row in measures.traffic if row["collective"] == collective)
 
 
+@pytest.mark.parametrize(("dtype", "n_bytes"), [("bfloat16", 2 * (4 + 4 - 2)), ("float32", 2 * (4 + 4 - 4))])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_a_norm_keeps_its_input_on_cuda_and_on_a_cpu_what_it_makes_of_it(
+    dtype: str, n_bytes: int, recompute: str
+) -> None:
+    """So many bytes less of each token and feature, in both norms of a block; nothing else is counted differently."""
+    of_device: dict[str, list[Measures]] = {"cpu": [], "cuda": []}
+    for device, found in of_device.items():
+        for n_layers in (3, 4):
+            recipe = small_recipe(
+                dtype, model=dict(n_layers=n_layers), train=dict(device=device), recompute=dict(mode=recompute)
+            )
+            found.append(dry_run_rank(recipe, rank=0))
+    tokens, d_model = 8 * 16, recipe.model.d_model
+    on_cpu, on_cuda = (
+        many.memory["activations_bytes"] - few.memory["activations_bytes"] for few, many in of_device.values()
+    )
+    assert on_cpu - on_cuda == (n_bytes * tokens * d_model if recompute == "none" else 0)
+    for one, other in zip(*of_device.values(), strict=True):
+        assert (one.flops, one.traffic) == (other.flops, other.traffic)
+        assert one.memory["parameters_bytes"] == other.memory["parameters_bytes"]
+    note = dry_run(recipe, ranks=[0])
+    assert note["environment"]["device"] == "fake cuda" and "norms as on CUDA" in note["memory"]["note"]
+
+
 # ---- scale ---------------------------------------------------------------------------------------------------------
 
 

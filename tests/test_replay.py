@@ -153,7 +153,7 @@ def test_ranks_that_are_alike_are_taped_once() -> None:
 
 
 def walked(recipe: Recipe) -> Walk:
-    alike = alike_in_pipeline(recipe)
+    recipe, alike = H100.would_run(recipe), alike_in_pipeline(recipe)
     tapes = {place: dry_run_rank(recipe, rank=rank_at(recipe, pp=place), taped=True).tape for place in set(alike)}
     return Walk(tapes, alike, schedule_orders(recipe) if recipe.parallel.pp > 1 else ())
 
@@ -162,7 +162,7 @@ def test_a_tape_has_a_block_as_a_device_would_run_it() -> None:
     """Seven products and their 14 gradients, attention each way; the norms are one operator each."""
     few, many = (
         Counter(event.kind for event in dry_run_rank(recipe, rank=0, taped=True).tape if isinstance(event, Operator))
-        for recipe in (small_recipe("float32", model=dict(n_layers=n)) for n in (2, 3))
+        for recipe in (small_recipe("float32", model=dict(n_layers=n), train=dict(device="cuda")) for n in (2, 3))
     )
     block = many - few
     assert (block["product"], block["attention"], block["attention_backward"]) == (21, 1, 1)

@@ -46,6 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.world_size is not None:
         recipe = scaled(recipe, arguments.world_size)
     cluster = None if arguments.cluster is None else load_cluster(arguments.cluster)
+    if cluster is not None:
+        recipe = cluster.would_run(recipe)
     ranks = list(distinct_ranks(recipe)) if arguments.all_distinct_ranks else [arguments.rank]
     priced: dict[int, int] = {}  # rank of the pipeline -> rank
     if cluster is not None:

@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.write is not None and arguments.write.exists():
         raise RecipeError("--write", str(arguments.write), "is there already; give a new file")
     cluster = load_cluster(arguments.cluster)
-    recipe = load_recipe(arguments.recipe, arguments.set)
+    recipe = cluster.would_run(load_recipe(arguments.recipe, arguments.set))
     plan_again = functools.partial(plan, recipe, cluster, ranks=arguments.ranks)
     found = plan_again()
     counted = None

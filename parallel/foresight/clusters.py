@@ -17,7 +17,7 @@ from typing import Any, Literal
 from parallel.foresight.constants import CONSTANTS, Generation
 from parallel.foresight.price import TILE, Rates
 from parallel.measure.accelerators import ACCELERATORS, Peak, peak_flops
-from parallel.recipe import RecipeError, read_toml
+from parallel.recipe import Recipe, RecipeError, read_toml
 from parallel.recipe.sections import Section, option
 
 Origin = Literal["measured", "published", "assumed"]
@@ -99,6 +99,14 @@ class Cluster:
     # By which the constants of the closed form are multiplied here, and PROGRAM by which all seconds are: what lab
     # calibrate found.
     constants: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def device_type(self) -> Literal["cpu", "cuda"]:
+        return "cpu" if self.accelerator == "cpu" else "cuda"
+
+    def would_run(self, recipe: Recipe) -> Recipe:
+        """The same, on such devices."""
+        return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, device=self.device_type))
 
     def peak(self, dtype: str) -> Peak:
         """Of one rank's device. On a CPU its best product is the peak, as in a measured run."""

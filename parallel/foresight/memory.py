@@ -1,11 +1,11 @@
 """What the fullest rank of a layout holds, in a closed form: to search by. The dry run has it to the byte.
 
-By default as this lab trains: float32 weights, gradients and both moments of AdamW; activations tensor by tensor, as
-its blocks keep them on a CPU; the logits. Held against dry runs in tests/test_foresight.py. `Keeping` says the same of
+By default as this lab trains on a GPU: float32 weights, gradients and both moments of AdamW; activations tensor by
+tensor; the logits. Held against dry runs in tests/test_foresight.py. `Keeping` says the same of
 other programs; benchmarks/published.py holds it against what they have published.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from parallel.foresight.workload import Number, Workload
 
 @dataclass(frozen=True, kw_only=True)
 class Keeping:
-    """What a program keeps. The defaults are this lab's."""
+    """What a program keeps. The defaults are this lab's on a GPU."""
 
     # bytes of a parameter
     weight: float = 4
@@ -22,20 +22,22 @@ class Keeping:
     optimizer: float = 8  # both moments; with a float32 copy of 16-bit weights 12
     shards_weights: bool = True  # where state is sharded. False: weights and gradients are whole, as in ZeRO-1
     holds_gradients: bool = False  # from step to step; else they come with backward
-    # of a token in a block: elements of the residual stream in the type of the computation, and bytes of one in float32
-    # (norms, rotary positions)
-    residual: float = 5.65
-    in_float32: float = 12.8
+    # of a token in a block: elements of the residual stream in the type of the computation (before and after a norm,
+    # queries, what attention gives), and bytes of one in float32
+    residual: float = 6.05
+    in_float32: float = 0
     gathers_again: bool = False  # backward gathers what tp has split, a second time, so that it need not be kept
     score: float = 0  # bytes of each attention score, where attention is not fused
     # bytes of a logit, at the end of forward: of this microbatch (logits, and twice log-softmax in float32), and what
     # is left then of the one before
     logit: float = 12.3
     earlier_logit: float = 0
+    waiting_logit: float = 4  # of one whose backward comes after other microbatches' forwards
     base_gib: float = 0  # whatever the layout
 
 
 LAB = Keeping()
+ON_CPU = replace(LAB, residual=4, in_float32=16)  # a norm keeps its input in float32, and what it is divided to
 
 
 def peak_bytes(w: Workload, k: Keeping = LAB) -> Number:
@@ -71,11 +73,11 @@ def _rank_bytes(w: Workload, k: Keeping, *, first: Number, last: Number) -> Numb
     # Results of out and down are whole: what splits them over tp comes after.
     products = w.saves_products * (heads + 2 * keys + 2 * w.d_ff / w.tp + 2 * w.d_model) * e
     little = tokens * (stream + w.saves_attention * heads * e + products)
-    keeps = np.minimum(w.in_flight, m) * first + (1 - first)
+    keeps = np.minimum(w.in_flight, m) * first + (1 - first) * np.where(w.keeps_all, m, 1)
     copies = np.where(sharded | (e >= k.weight), 0, e * block * layers * (1 - w.recomputes))  # of weights, in 16 bits
     kept = keeps * layers * (w.recomputes * little + (1 - w.recomputes) * everything) + copies
     rows = np.where(w.loss_parallel == 1, w.vocab_size / w.tp, w.vocab_size)
-    logit = k.logit + k.earlier_logit * (m > 1)
+    logit = k.logit + k.earlier_logit * (m > 1) + k.waiting_logit * np.where(w.keeps_all, m - 1, 0)
     output = last * (logit * tokens * rows / w.loss_chunks + np.where(sharded | (e >= k.weight), 0, e * matrix))
     output = output + last * np.where(w.loss_chunks > 1, 4 * matrix, 0)
 

@@ -33,7 +33,7 @@ def own_operators(w: Workload) -> Operators:
     computes = computes + ring * (14 + 15 * (w.cp - 1)) + gathers * 50 + exchanges * 22 + 24 * (1 - w.flash)
     again = w.again_rest * (computes - 3 - 6 * w.saves_products - w.saves_attention)
     forward = computes + 14 * passes[0] - 7 * once
-    backward = 100 + half * np.where(sharded == 1, 10, 15) + 10 * tp + 6 * sp
+    backward = 98 + half * np.where(sharded == 1, 8, 13) + 10 * tp + 6 * sp
     backward = backward + 13 * passes[1] + 12 * passes[2]
     backward = backward + ring * (24 + 22 * (w.cp - 1)) + gathers * 76 + exchanges * 22 + 32 * (1 - w.flash)
     backward = backward + again + 18 * w.splits_backward - 17 * replicas

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from parallel.foresight.clusters import Cluster
-from parallel.foresight.memory import peak_bytes
+from parallel.foresight.memory import LAB, ON_CPU, peak_bytes
 from parallel.foresight.prediction import Prediction, parts_of, predict, sensitivity
 from parallel.foresight.uncertainty import NINETY, RUN_DEVIATION
-from parallel.foresight.workload import laid_out, of_recipe
+from parallel.foresight.workload import Number, Workload, laid_out, of_recipe
 from parallel.recipe import (
     MESH_DIMS,
     SCHEDULES,
@@ -113,8 +113,12 @@ def plan(recipe: Recipe, cluster: Cluster, *, ranks: int, n_best: int = 8, fille
 
 def _choice(recipe: Recipe, cluster: Cluster) -> Choice:
     work = of_recipe(recipe)
-    states = float(peak_bytes(dataclasses.replace(work, seq_len=0)))
-    return Choice(recipe, predict(recipe, cluster), float(peak_bytes(work)), states)
+    memory, states = (float(_peak_bytes(w, cluster)) for w in (work, dataclasses.replace(work, seq_len=0)))
+    return Choice(recipe, predict(recipe, cluster), memory, states)
+
+
+def _peak_bytes(work: Workload, cluster: Cluster) -> Number:
+    return peak_bytes(work, ON_CPU if cluster.device_type == "cpu" else LAB)
 
 
 def _tied(choices: Sequence[Choice], cluster: Cluster) -> list[Choice]:
@@ -186,7 +190,7 @@ def _judged(recipe: Recipe, cluster: Cluster, ranks: int) -> Iterator[_Group]:
             )
             n = len(columns["pp"])
             seconds = sum(parts_of(work, cluster, recipe.train.dtype).values()) + np.zeros(n)
-            yield _Group(schedule, recompute, method, columns, seconds, peak_bytes(work) + np.zeros(n))
+            yield _Group(schedule, recompute, method, columns, seconds, _peak_bytes(work, cluster) + np.zeros(n))
 
 
 def _meshes(recipe: Recipe, cluster: Cluster, ranks: int) -> Iterator[tuple[int, ...]]:
@@ -276,6 +280,6 @@ def rule_of_thumb(recipe: Recipe, cluster: Cluster, *, ranks: int, room: float) 
             )
         except RecipeError:
             continue
-        if candidate.world_size == ranks and (found is None or peak_bytes(of_recipe(candidate)) <= room):
+        if candidate.world_size == ranks and (found is None or _peak_bytes(of_recipe(candidate), cluster) <= room):
             found = candidate
     return says, found

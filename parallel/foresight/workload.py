@@ -67,6 +67,7 @@ class Workload:
     again_rest: Number = 0
     # what is kept for backward
     in_flight: Number = 1  # microbatches of which the first rank of a pipeline keeps the activations
+    keeps_all: Number = 0  # 1: every rank of the pipeline keeps those of all
     recomputes: Number = 0  # share of the blocks that keep their input alone, and what follows
     saves_products: Number = 0
     saves_attention: Number = 0
@@ -182,6 +183,7 @@ def laid_out(
         again_attention=attention,
         again_rest=rest,
         in_flight=in_flight(schedule, pp=pp, stages_per_rank=stages_per_rank, m=m),
+        keeps_all=piped * (schedule in ("gpipe", "looped-bfs")),
         recomputes=rest,
         saves_products=int(recompute.mode == "selective" and "matmul" in recompute.save),
         saves_attention=int(recompute.mode == "selective" and "attention" in recompute.save),

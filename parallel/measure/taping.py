@@ -10,16 +10,17 @@ import itertools
 import math
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from parallel import cuda_kernels
 from parallel.actions import Action
 from parallel.measure.observer import Observer, Step
 from parallel.measure.tape import Begin, End, Event, Kind, Mark, Message, Operator, Wait
@@ -34,7 +35,6 @@ from parallel.measure.traffic import (
     tensors_in,
 )
 from parallel.torch_private import told_of_streams
-from parallel.transformer import RMSNorm
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm: ("self", "mat2"), aten.bmm: ("self", "mat2"), aten.addmm: ("mat1", "mat2")}
@@ -67,15 +67,6 @@ class Taping(Observer):
             self.tape.append(End(action))
 
 
-class _Norm(NamedTuple):
-    """An RMSNorm, which is one kernel of a device, and many operators of a CPU."""
-
-    nodes: range  # numbers of what autograd noted of it
-    size: int  # elements of its input
-    rows: int
-    n_bytes: int
-
-
 class _Mode(TorchDispatchMode):
     def __init__(self, tape: list[Event], dim_of_ranks: dict[tuple[int, ...], str]) -> None:
         super().__init__()
@@ -83,16 +74,10 @@ class _Mode(TorchDispatchMode):
         self._points = itertools.count(1)
         self._streams = {id(torch.cpu.current_stream()): 0}  # FSDP2 keeps those that it makes
         self._under_way: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}  # results of messages
-        self._norm: _Norm | None = None  # that is under way
-        self._norms: dict[int, _Norm] = {}  # by the number of each node
-        self._backward: set[int] = set()  # the first nodes of those of which it has come
         self._updates = False  # the gradients are done
         self._watching = contextlib.ExitStack()
 
     def __enter__(self) -> "_Mode":
-        hooks = nn.modules.module
-        self._watching.callback(hooks.register_module_forward_pre_hook(self._enter_norm).remove)
-        self._watching.callback(hooks.register_module_forward_hook(self._leave_norm).remove)
         self._watching.enter_context(told_of_streams(mark=self._mark, wait=self._wait))
         super().__enter__()
         return self
@@ -112,7 +97,7 @@ class _Mode(TorchDispatchMode):
             self._message(func, by_name(func, args, kwargs), result)
         elif func._opname == "wait_tensor":
             self._wait_for(tensors_in(args))
-        elif func.namespace in ("aten", "fsdp") and func._opname not in NOTHING:
+        elif func.namespace in ("aten", "fsdp", cuda_kernels.NAMESPACE) and func._opname not in NOTHING:
             self._operator(func, args, kwargs, result)
         return result
 
@@ -127,8 +112,6 @@ class _Mode(TorchDispatchMode):
             self._add("view")
             return
         self._wait_for(given)
-        if self._within_norm([*given, *made]):
-            return
         packet, call = func._overloadpacket, by_name(func, args, kwargs)
         self._updates |= packet is aten.linalg_vector_norm
         if packet in PRODUCTS:
@@ -151,34 +134,6 @@ class _Mode(TorchDispatchMode):
 
     def _add(self, kind: Kind, shape: tuple[int, ...] = (), element_bytes: int = 1, n_bytes: int = 0) -> None:
         self._tape.append(Operator(self._stream(), kind, shape, element_bytes, n_bytes, self._updates))
-
-    # ---- norms ----
-
-    def _enter_norm(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if isinstance(module, RMSNorm):
-            x = inputs[0]
-            begins = torch.autograd._get_sequence_nr()
-            self._norm = _Norm(range(begins, begins), x.numel(), x.numel() // x.shape[-1], x.nbytes)
-
-    def _leave_norm(self, module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        if self._norm is not None and isinstance(module, RMSNorm):
-            nodes = range(self._norm.nodes.start, torch.autograd._get_sequence_nr())
-            self._norms |= dict.fromkeys(nodes, self._norm._replace(nodes=nodes))
-            self._add("bytes", (), 1, self._norm.n_bytes + output.nbytes)
-            self._norm = None
-
-    def _within_norm(self, tensors: list[Tensor]) -> bool:
-        """Whether this operator is a part of one; of its backward, adds what a device would do when the first comes."""
-        node = torch._C._current_autograd_node()
-        norm = self._norm or (self._norms.get(node._sequence_nr()) if node is not None else None)
-        if norm is None or not any(tensor.numel() in (norm.size, norm.rows) for tensor in tensors):
-            return False
-        if norm is not self._norm and norm.nodes.start not in self._backward:
-            self._backward.add(norm.nodes.start)
-            # Its input's gradient, its weight's, and the sum with that of the residual stream beside it.
-            for passes in (3, 2, 3):
-                self._add("bytes", (), 1, passes * norm.n_bytes)
-        return True
 
     # ---- messages and streams ----
 

@@ -1,0 +1,66 @@
+"""What is one kernel on CUDA where a CPU takes it apart, for dry runs: by what it reads, makes and keeps for backward.
+
+An RMSNorm in bfloat16 keeps its input and a float32 number a token on CUDA (torch.ops.aten._fused_rms_norm); on a CPU
+two copies of its input in float32. Attention, products, the loss and AdamW keep the same on both.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NAMESPACE = "parallel_lab"
+
+
+@contextlib.contextmanager
+def cuda_kernels() -> Iterator[None]:
+    """Within, what is done with fake tensors on a CPU is what CUDA would do."""
+
+    def rms_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor, eps: float) -> Tensor:
+        return _rms_norm(x, weight)[0]
+
+    # Not by a torch function mode, which would not see what backward computes again.
+    with mock.patch.object(F, "rms_norm", rms_norm):
+        yield
+
+
+def _kernel(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """An operator of fake tensors alone, by a function that gives what it makes."""
+
+    def define(makes: Callable[..., Any]) -> Any:
+        operator = torch.library.custom_op(f"{NAMESPACE}::{name}", makes, mutates_args=())
+        operator.register_fake(makes)
+        return operator
+
+    return define
+
+
+@_kernel("rms_norm")
+def _rms_norm(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+@_kernel("rms_norm_backward_input")
+def _backward_input(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@_kernel("rms_norm_backward_weight")
+def _backward_weight(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+    kept = ctx.saved_tensors  # to be asked for once: what is computed again is then gone
+    return _backward_input(grad, *kept), _backward_weight(grad, *kept)
+
+
+_rms_norm.register_autograd(_backward, setup_context=_keep)
