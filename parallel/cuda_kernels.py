@@ -1,7 +1,8 @@
 """What is one kernel on CUDA where a CPU takes it apart, for dry runs: by what it reads, makes and keeps for backward.
 
 An RMSNorm in bfloat16 keeps its input and a float32 number a token on CUDA (torch.ops.aten._fused_rms_norm); on a CPU
-two copies of its input in float32. Attention, products, the loss and AdamW keep the same on both.
+two copies of its input in float32. Attention in float32 keeps keys and values once for each query head. Products, the
+loss and AdamW keep the same on both.
 """
 
 import contextlib
@@ -13,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel.transformer import repeated_for_cuda
+
 NAMESPACE = "parallel_lab"
 
 
@@ -23,8 +26,12 @@ def cuda_kernels() -> Iterator[None]:
     def rms_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor, eps: float) -> Tensor:
         return _rms_norm(x, weight)[0]
 
+    def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return of_cpu(q, *repeated_for_cuda(q, k, v), **options)
+
+    of_cpu = F.scaled_dot_product_attention
     # Not by a torch function mode, which would not see what backward computes again.
-    with mock.patch.object(F, "rms_norm", rms_norm):
+    with mock.patch.multiple(F, rms_norm=rms_norm, scaled_dot_product_attention=attention):
         yield
 
 

@@ -150,10 +150,17 @@ class Rotary(nn.Module):
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √E + causal mask) v.  q (B, H, T, E), k and v (B, K, T, E), H a multiple of K -> (B, H, T, E)"""
-    if q.is_cuda and q.dtype == torch.float32:
-        # Up to torch 2.11 only plain products, which keep all scores, take grouped heads in float32 (pytorch#191085).
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if q.is_cuda:
+        k, v = repeated_for_cuda(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def repeated_for_cuda(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """For each head its own, in float32: up to torch 2.11 only plain products, which keep all scores, take grouped ones
+    there (pytorch#191085).
+    """
+    n_groups = q.shape[1] // k.shape[1] if q.dtype == torch.float32 else 1
+    return (k, v) if n_groups == 1 else (k.repeat_interleave(n_groups, dim=1), v.repeat_interleave(n_groups, dim=1))
 
 
 class Attention(nn.Module):

@@ -133,7 +133,8 @@ def _of_a_block(found: Mapping[str, Any]) -> tuple[float, float]:
         own=1,
     )
     one, two = (own_bytes(block, tokens=n) for n in (1, 2))  # what grows with tokens is no weight's
-    in_weights_type = own_operators(dataclasses.replace(block, element_bytes=4))
+    # Its weights are of the type that it computes in, so that it casts none; and it repeats no keys.
+    in_weights_type = own_operators(dataclasses.replace(block, element_bytes=4, n_kv_heads=block.n_heads))
     passed = tokens * (two.forward - one.forward + two.backward - one.backward)
     return float(passed), float(in_weights_type.forward + in_weights_type.backward)
 

@@ -26,6 +26,7 @@ class Keeping:
     # queries, what attention gives), and bytes of one in float32
     residual: float = 6.05
     in_float32: float = 0
+    repeats_keys: bool = True  # in float32 attention keeps keys and values for each head
     gathers_again: bool = False  # backward gathers what tp has split, a second time, so that it need not be kept
     score: float = 0  # bytes of each attention score, where attention is not fused
     # bytes of a logit, at the end of forward: of this microbatch (logits, and twice log-softmax in float32), and what
@@ -37,7 +38,8 @@ class Keeping:
 
 
 LAB = Keeping()
-ON_CPU = replace(LAB, residual=4, in_float32=16)  # a norm keeps its input in float32, and what it is divided to
+# A norm keeps its input in float32, and what it makes of that.
+ON_CPU = replace(LAB, residual=4, in_float32=16, repeats_keys=False)
 
 
 def peak_bytes(w: Workload, k: Keeping = LAB) -> Number:
@@ -63,7 +65,8 @@ def _rank_bytes(w: Workload, k: Keeping, *, first: Number, last: Number) -> Numb
     # A microbatch in a block. Where tokens are split over tp, what a pair of products takes in is gathered and kept.
     split = np.where(w.sequence_parallel == 1, w.tp, 1)
     stream = w.d_model * e / split
-    heads, keys = w.n_heads * w.head_dim / w.tp, w.n_kv_heads * w.head_dim / w.tp
+    heads = w.n_heads * w.head_dim / w.tp
+    keys = np.where(k.repeats_keys & (np.asarray(e) == 4), heads, w.n_kv_heads * w.head_dim / w.tp)
     whole = tokens * w.d_model * (k.residual * e + k.in_float32)
     gathered = np.where(w.tp > 1, 0 if k.gathers_again else 2 * e * tokens * w.d_model, 0)
     hidden = 2 * (w.n_mlp_matrices - 1) * w.d_ff / w.tp  # each product's result, and what the activation makes of it

@@ -29,11 +29,13 @@ def own_operators(w: Workload) -> Operators:
     exchanges = w.all_to_all * (w.cp > 1)
     once = 1 * (w.n_microbatches > 1) * (w.recomputes == 0) * half * (1 - sharded)  # weights are cast once a step
 
-    computes = 53 + half * np.where(sharded == 1, 4, 13) + (18 + 14 * w.sequence_parallel) * tp
+    grouped = (1 - half) * (w.n_kv_heads < w.n_heads) * (np.asarray(w.cp) == 1)  # see transformer.repeated_for_cuda
+
+    computes = 53 + 8 * grouped + half * np.where(sharded == 1, 4, 13) + (18 + 14 * w.sequence_parallel) * tp
     computes = computes + ring * (14 + 15 * (w.cp - 1)) + gathers * 50 + exchanges * 22 + 24 * (1 - w.flash)
     again = w.again_rest * (computes - 3 - 6 * w.saves_products - w.saves_attention)
     forward = computes + 14 * passes[0] - 7 * once
-    backward = 98 + half * np.where(sharded == 1, 8, 13) + 10 * tp + 6 * sp
+    backward = 98 + 7 * grouped + half * np.where(sharded == 1, 8, 13) + 10 * tp + 6 * sp
     backward = backward + 13 * passes[1] + 12 * passes[2]
     backward = backward + ring * (24 + 22 * (w.cp - 1)) + gathers * 76 + exchanges * 22 + 32 * (1 - w.flash)
     backward = backward + again + 18 * w.splits_backward - 17 * replicas
@@ -74,8 +76,9 @@ def own_bytes(w: Workload, *, tokens: Number) -> Bytes:
         + (1 - sharded) * 6 * half
         + added,
     )
-    forward = 10 * e * resident + copies + (28 + 12 * half) * turned + 5 * e * hidden
-    backward = 16 * e * resident + 9 * e * stream + copies + (36 + 12 * half) * turned + 9 * e * hidden
+    repeats = 8 * (1 - half) * (w.n_kv_heads < w.n_heads) * (np.asarray(w.cp) == 1)  # see transformer.repeated_for_cuda
+    forward = 10 * e * resident + copies + (28 + 12 * half + repeats) * turned + 5 * e * hidden
+    backward = 16 * e * resident + 9 * e * stream + copies + (36 + 12 * half + repeats) * turned + 9 * e * hidden
     # A ring adds up in float32 what each piece gives: of the first for all queries, of the others for half of them.
     ring, pieces = w.ring * (w.cp > 1), 1 + (w.cp - 1) / 2
     queries, keys = (tokens * heads * w.head_dim / w.tp for heads in (w.n_heads, 2 * w.n_kv_heads))
