@@ -36,18 +36,20 @@ def wrapped_waits(wrapper: Wrapper) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def wrapped_storages(*, resize: Wrapper, propagate: Wrapper) -> Iterator[None]:
-    """Within, two things happen in the functions given that no dispatch mode tells from others, or sees at all.
+def wrapped_storages(resize: Wrapper) -> Iterator[None]:
+    """FSDP2 frees and regrows gathered weights by resizing their storage, which is no operator: within, by `resize`."""
+    with _wrapped(torch.UntypedStorage, "resize_", resize):
+        yield
 
-    resize: FSDP2 frees and regrows gathered weights by resizing their storage, which is no operator. propagate: DTensor
-    runs each new operator once on FakeTensors of the global shape, to learn that of its result.
+
+@contextlib.contextmanager
+def wrapped_shapes(propagate: Wrapper) -> Iterator[None]:
+    """DTensor runs each new operator once on FakeTensors of global shape, to learn that of its result, and no dispatch
+    mode can tell them from others: within, by `propagate`.
     """
     from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
-    with (
-        _wrapped(torch.UntypedStorage, "resize_", resize),
-        _wrapped(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagate),
-    ):
+    with _wrapped(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagate):
         yield
 
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from parallel.measure.record import CATEGORIES
 from parallel.measure.traffic import tensors_in
 from parallel.mesh import local_part
-from parallel.torch_private import wrapped_storages
+from parallel.torch_private import wrapped_shapes, wrapped_storages
 
 WRAPPERS = (DTensor, AsyncCollectiveTensor)  # their operators work on the tensors inside, which hold the memory
 
@@ -88,7 +88,8 @@ class MemoryTracker(TorchDispatchMode):
             after = self._optimizer.register_step_post_hook(lambda *_: self._identify())
             self._watching.callback(before.remove)
             self._watching.callback(after.remove)
-        self._watching.enter_context(wrapped_storages(resize=self._resizing, propagate=self._of_shapes()))
+        self._watching.enter_context(wrapped_storages(self._resizing))
+        self._watching.enter_context(wrapped_shapes(self._of_shapes()))
         super().__enter__()
         return self
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.distributed import pipelining
 from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import record_function
@@ -95,6 +96,7 @@ class _Stage(pipelining.PipelineStage):
     def __init__(self, step: "PipelineStep", *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.step = step
+        self._losses: dict[int, Tensor] = {}
 
     def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **options: Any) -> Any:
         with self.step.action("forward", self.stage_index, fwd_chunk_id):
@@ -103,12 +105,16 @@ class _Stage(pipelining.PipelineStage):
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
+        if not full_backward and loss is not None and isinstance(loss.grad_fn, BackwardCFunction):
+            # torch detaches it, and up to 2.12 nothing else keeps a node of Python's until the weights' gradients.
+            self._losses[bwd_chunk_id] = loss.view_as(loss)
         with self.step.action("backward" if full_backward else "backward_input", self.stage_index, bwd_chunk_id):
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         with self.step.action("backward_weight", self.stage_index, bwd_chunk_id):
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        self._losses.pop(bwd_chunk_id, None)
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         # Called by torch 2.11 alone. At the turn of a V two neighbours share a rank, and gloo cannot send to itself.
