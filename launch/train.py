@@ -136,6 +136,10 @@ def import_training() -> None:
     """Imports what a rank needs, without collections of what stays anyway: they take a quarter of the time."""
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = ALLOCATOR
+    if os.environ.get("OMP_NUM_THREADS") == "1":
+        # Then the proof alone takes more threads. On cores that are not all free, one that has done its part and spins
+        # takes away what the other needs: 20 s in place of 1. OpenMP reads this where torch is imported.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     gc.disable()
     try:
         import parallel.training  # noqa: F401

@@ -35,13 +35,15 @@ def prove(recipe: Recipe, *, mesh: DeviceMesh, device: torch.device) -> Parity:
     corpus = corpus_of(proof)
     reference = None
     if dist.get_rank() == 0:
-        with _all_cores():
+        with _threads(available_cores()):  # the other ranks wait
             batch = token_batch(corpus, proof, 0, range(proof.train.global_batch), device)
             reference = reference_gradients(proof, *batch)
 
     def differences(as_: Recipe) -> dict[str, Any] | None:
         engine = engine_of(as_, mesh=mesh, device=device)
-        loss = engine.gradients(*token_batch(corpus, as_, 0, rows_of_replica(as_, mesh), device)).item()
+        batch = token_batch(corpus, as_, 0, rows_of_replica(as_, mesh), device)
+        with _threads(available_cores() // dist.get_world_size() if recipe.train.compile == "none" else 1):
+            loss = engine.gradients(*batch).item()
         return compare_with_reference(engine.gradient, loss, reference, device=device)
 
     parity = Parity()
@@ -62,10 +64,10 @@ def prove(recipe: Recipe, *, mesh: DeviceMesh, device: torch.device) -> Parity:
 
 
 @contextlib.contextmanager
-def _all_cores() -> Iterator[None]:
-    """Within, this rank takes the cores of those that wait for it, too."""
+def _threads(wanted: int) -> Iterator[None]:
+    """Within, this rank computes with so many threads, or as many as it had: none of this is timed."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(available_cores())
+    torch.set_num_threads(max(wanted, threads))
     try:
         yield
     finally:

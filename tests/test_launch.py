@@ -455,11 +455,14 @@ def test_a_forked_rank_has_its_own_session_files_and_figures_and_the_environment
             }
         assert of_forked["environment"] == of_new["environment"] and of_forked["path"] == of_new["path"]
         assert of_forked["environment"]["RANK"] == str(rank)
+        assert of_forked["environment"]["OMP_WAIT_POLICY"] == "passive"  # set before torch was imported
 
 
 def test_a_rank_may_have_more_threads_than_one(lab: Lab) -> None:
     """numpy would start them where it is imported, and nothing may be forked beside a thread."""
-    assert {facts["module"] for facts in tell(lab, OMP_NUM_THREADS="2")} == {"launch.forking"}
+    facts = tell(lab, OMP_NUM_THREADS="2")
+    assert {of_rank["module"] for of_rank in facts} == {"launch.forking"}
+    assert not any("OMP_WAIT_POLICY" in of_rank["environment"] for of_rank in facts)  # its steps are faster without
     assert (lab.folder / "runs/tells/logs/rank-0.log").read_text() == "rank 0 of 3, threads 2\n"
 
 
