@@ -1,30 +1,29 @@
 """The `lab` command. Exit codes: 0 done, 1 a run failed, 2 the recipe or the command line is wrong, 75 see EXAMPLES."""
 
 import argparse
+import contextlib
+import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from launch.commands import calibrate, check, checkpoint, compare, dry_run, plan, preflight, report, run, status, submit
-from launch.supervisor import Interrupted, Stopped
-from launch.terminal import CommandError, Parser, did_you_mean, printable
-from launch.verdict import STOPPED
-from parallel.measure.record import version
-from parallel.recipe import RecipeError
+from launch.starting import Starter  # nothing else that takes long: see main
 
-COMMANDS = {
-    "check": check,
-    "run": run,
-    "dry-run": dry_run,
-    "plan": plan,
-    "calibrate": calibrate,
-    "compare": compare,
-    "report": report,
-    "checkpoint": checkpoint,
-    "submit": submit,
-    "status": status,
-    "preflight": preflight,
-}
+COMMANDS = (
+    "check",
+    "run",
+    "dry-run",
+    "plan",
+    "calibrate",
+    "compare",
+    "report",
+    "checkpoint",
+    "submit",
+    "status",
+    "preflight",
+)
+START_RANKS = ("run", "compare")  # as soon as they have read what to start
 EXAMPLES = """examples:
   lab check recipes/strategies/*.toml
       is every recipe right? starts nothing
@@ -59,11 +58,24 @@ register-python-argcomplete --shell fish lab | source in fish"""
 def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    argv, starter = sys.argv[1:] if argv is None else argv, Starter()
+    if argv and argv[0] in START_RANKS:
+        # torch is imported there while this process imports, reads and checks what it needs itself.
+        with contextlib.suppress(OSError):  # it is tried again, and told, where the ranks are started
+            starter.begin()
+
+    from launch.supervisor import Interrupted, Stopped
+    from launch.terminal import CommandError, printable
+    from launch.verdict import STOPPED
+    from parallel.recipe import RecipeError
+
     try:
-        arguments = _parse(sys.argv[1:] if argv is None else argv)
-        code = COMMANDS[arguments.command].run(arguments)
-        sys.stdout.flush()
-        return code
+        with starter:
+            arguments = _parse(argv)
+            arguments.starter = starter
+            code: int = _module(arguments.command).run(arguments)
+            sys.stdout.flush()
+            return code
     except Stopped as error:
         print(f"lab: {printable(error)}", file=sys.stderr)
         return STOPPED
@@ -78,11 +90,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1 if isinstance(error, OSError) else 2
 
 
+def _module(command: str) -> Any:
+    return importlib.import_module(f"launch.commands.{command.replace('-', '_')}")
+
+
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    from launch.terminal import CommandError, Parser, did_you_mean
+    from parallel.measure.record import version
+
     parser = Parser(prog="lab", description="One transformer under every parallel strategy.", epilog=EXAMPLES)
     parser.add_argument("--version", action="version", version=f"parallel-lab {version('parallel-lab')}")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands", dest="command")
-    for name, command in COMMANDS.items():
+    for name in argv[:1] if argv and argv[0] in COMMANDS else COMMANDS:
+        command = _module(name)
         added = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
         added.set_defaults(parser=added)
         added.add_argument("--json", action="store_true", help="machine-readable, alone on stdout")
@@ -94,7 +114,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         argcomplete.autocomplete(parser)
     first = next((argument for argument in argv if not argument.startswith("-")), None)
     if first is not None and first not in COMMANDS:
-        raise CommandError(f"unknown command {first!r}; {did_you_mean(first, list(COMMANDS))}")
+        raise CommandError(f"unknown command {first!r}; {did_you_mean(first, COMMANDS)}")
     arguments = parser.parse(argv)
     if arguments.command is None:
         raise CommandError(f"give a command: {', '.join(COMMANDS)}; see lab --help")
