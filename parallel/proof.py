@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.batches import corpus_of, rows_of_replica, token_batch
 from parallel.engines import engine_of
-from parallel.measure.parity import TOLERANCE, compare_with_reference, parity_recipe, reference_gradients
+from parallel.measure.parity import TOLERANCE, compare_with_reference, kept_reference, parity_recipe
 from parallel.measure.record import Parity, available_cores
 from parallel.process import say
 from parallel.recipe import Recipe
@@ -37,7 +37,7 @@ def prove(recipe: Recipe, *, mesh: DeviceMesh, device: torch.device) -> Parity:
     if dist.get_rank() == 0:
         with _threads(available_cores()):  # the other ranks wait
             batch = token_batch(corpus, proof, 0, range(proof.train.global_batch), device)
-            reference = reference_gradients(proof, *batch)
+            reference = kept_reference(proof, *batch)
 
     def differences(as_: Recipe) -> dict[str, Any] | None:
         engine = engine_of(as_, mesh=mesh, device=device)
