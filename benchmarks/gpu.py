@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 from launch.starting import free_port
 from launch.table import table
+from parallel.batches import corpus_of
 from parallel.dryrun import dry_run_rank
 from parallel.engines.engine import read_step, run_step
 from parallel.engines.native import NativeEngine
@@ -261,7 +262,7 @@ def proofs(n_ranks: int, settings: list[str], *, tiny: bool) -> dict[str, Any]:
 def proofs_of_rank(recipe: Recipe) -> NoReturn:
     dist.init_process_group("gloo")
     mesh = build_mesh(recipe, DEVICE.type)
-    parity = prove(recipe, mesh=mesh, device=DEVICE)
+    parity = prove(recipe, corpus=corpus_of(recipe), mesh=mesh, device=DEVICE)
     if dist.get_rank() == 0:
         print(json.dumps(finite(dataclasses.asdict(parity))), flush=True)
     dist.barrier()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.batches import corpus_of, rows_of_replica, token_batch
+from parallel.corpus import Corpus
 from parallel.engines import engine_of
 from parallel.measure.parity import TOLERANCE, compare_with_reference, kept_reference, parity_recipe
 from parallel.measure.record import Parity, available_cores
@@ -23,8 +24,8 @@ PROOF_TOLERANCE = {"float32": 1e-5, "float64": TOLERANCE}  # rounding in float32
 TRAINED_TOLERANCE = {"bfloat16": 3e-2, "float32": 1e-3, "float64": TOLERANCE}
 
 
-def prove(recipe: Recipe, *, mesh: DeviceMesh, device: torch.device) -> Parity:
-    """Empty on all ranks but 0. Collective.
+def prove(recipe: Recipe, *, corpus: Corpus, mesh: DeviceMesh, device: torch.device) -> Parity:
+    """Empty on all ranks but 0. corpus: the recipe's. Collective.
 
     float64 runs on other kernels than bfloat16 does, and on CUDA than float32: there the gradients that training itself
     computes are held against the same reference too, as near as their precision allows.
@@ -32,7 +33,8 @@ def prove(recipe: Recipe, *, mesh: DeviceMesh, device: torch.device) -> Parity:
     proof, reference_is = parity_recipe(recipe, on_cuda=device.type == "cuda")
     exact = proof.train.dtype
     say(f"parity: {exact} gradients of step 1 against {reference_is}")
-    corpus = corpus_of(proof)
+    if (proof.model, proof.train.seq_len) != (recipe.model, recipe.train.seq_len):  # a smaller one
+        corpus = corpus_of(proof)
     reference = None
     if dist.get_rank() == 0:
         with _threads(available_cores()):  # the other ranks wait

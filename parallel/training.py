@@ -123,7 +123,7 @@ def train_in_group(
     parity_seconds = 0.0
     if recipe.train.parity:
         start = time.perf_counter()
-        record.parity = prove(recipe, mesh=mesh, device=device)
+        record.parity = prove(recipe, corpus=corpus, mesh=mesh, device=device)
         parity_seconds = time.perf_counter() - start
     ceiling = _ceiling(recipe, device)
     local_ranks = hosts.count(hosts[dist.get_rank()])
