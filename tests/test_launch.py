@@ -425,6 +425,12 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def heeds(pid: int, number: signal.Signals) -> bool:
+    """Whether that process has a handler for the signal."""
+    [caught] = re.findall(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
 def tell(lab: Lab, **environment: str) -> list[dict[str, Any]]:
     """What the ranks of a run find when they begin to train."""
     lab.environment |= environment
@@ -486,6 +492,7 @@ def test_a_launcher_that_ends_amid_the_imports_leaves_nothing(lab: Lab, number: 
     lab.environment["AT_IMPORT"] = "hangs"
     process = lab.start("run", "base.toml", "--set", "name=good")
     lab.wait_for(lambda: lab.pids.exists() and lab.pids.read_text().endswith("\n"))
+    lab.wait_for(lambda: heeds(process.pid, signal.SIGTERM))  # has checked its recipe meanwhile
     assert children(process.pid) == lab.running()
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
