@@ -1,14 +1,17 @@
 """The `lab` command. Exit codes: 0 done, 1 a run failed, 2 the recipe or the command line is wrong, 75 see EXAMPLES."""
 
 import argparse
-import contextlib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from launch.starting import Starter  # nothing else that takes long: see main
+from launch.supervisor import Interrupted, Stopped
+from launch.terminal import CommandError, Parser, did_you_mean, printable
+from launch.verdict import STOPPED
+from parallel.measure.record import version
+from parallel.recipe import RecipeError
 
 COMMANDS = (
     "check",
@@ -23,7 +26,6 @@ COMMANDS = (
     "status",
     "preflight",
 )
-START_RANKS = ("run", "compare")  # as soon as they have read what to start
 EXAMPLES = """examples:
   lab check recipes/strategies/*.toml
       is every recipe right? starts nothing
@@ -58,24 +60,11 @@ register-python-argcomplete --shell fish lab | source in fish"""
 def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    argv, starter = sys.argv[1:] if argv is None else argv, Starter()
-    if argv and argv[0] in START_RANKS:
-        # torch is imported there while this process imports, reads and checks what it needs itself.
-        with contextlib.suppress(OSError):  # it is tried again, and told, where the ranks are started
-            starter.begin()
-
-    from launch.supervisor import Interrupted, Stopped
-    from launch.terminal import CommandError, printable
-    from launch.verdict import STOPPED
-    from parallel.recipe import RecipeError
-
     try:
-        with starter:
-            arguments = _parse(argv)
-            arguments.starter = starter
-            code: int = _module(arguments.command).run(arguments)
-            sys.stdout.flush()
-            return code
+        arguments = _parse(sys.argv[1:] if argv is None else argv)
+        code: int = _module(arguments.command).run(arguments)
+        sys.stdout.flush()
+        return code
     except Stopped as error:
         print(f"lab: {printable(error)}", file=sys.stderr)
         return STOPPED
@@ -91,13 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _module(command: str) -> Any:
+    """Imported for itself: some take a while, which all others would wait for."""
     return importlib.import_module(f"launch.commands.{command.replace('-', '_')}")
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    from launch.terminal import CommandError, Parser, did_you_mean
-    from parallel.measure.record import version
-
     parser = Parser(prog="lab", description="One transformer under every parallel strategy.", epilog=EXAMPLES)
     parser.add_argument("--version", action="version", version=f"parallel-lab {version('parallel-lab')}")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands", dest="command")

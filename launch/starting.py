@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import launch
+from launch.folder import rank_log
 
 TERMINATE_SECONDS = 3.0  # between SIGTERM and SIGKILL
 FORK_SECONDS = 60.0  # milliseconds, where the machine is not out of its mind
@@ -61,7 +62,7 @@ class Rank:
 class Starter:
     """Starts ranks, each as a child of this process that leads a session of its own and ends with this process.
 
-    On Linux they are forked from one process, which `begin` starts and which ends with this context: see
+    On Linux they are forked from one process, which `prepare` starts and which ends with this context: see
     launch/forking.py. Elsewhere, and where that process must not be forked, each is new and imports everything itself.
     """
 
@@ -69,7 +70,6 @@ class Starter:
         self._forks = ON_LINUX
         self._forker: subprocess.Popen[bytes] | None = None
         self._calls: socket.socket | None = None
-        self._ready = False  # to be called
         root = str(Path(launch.__path__[0]).parent)
         self._environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
         self._environment["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), root)))
@@ -84,30 +84,23 @@ class Starter:
             self._calls.close()
             ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0)
 
-    def begin(self) -> None:
-        """Starts to import what ranks need, where they are forked and that has not begun."""
+    def prepare(self, given_up: Callable[[], bool]) -> bool:
+        """Has everything imported that ranks need, where they are forked, and returns True; or False, where the caller
+        had `given_up` before that was done. To be called before each run, for that process may have been killed.
+        """
         if not self._forks or (self._forker is not None and self._forker.poll() is None):
-            return
+            return True
         self.__exit__()
-        self._ready = False
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
         self._calls, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._calls.settimeout(FORK_SECONDS)
         with theirs:
             stdin, stdout = theirs.fileno(), subprocess.DEVNULL
             self._forker = self._popen(["launch.forking"], {}, stdin=stdin, stdout=stdout, stderr=None)
-
-    def prepare(self, given_up: Callable[[], bool]) -> bool:
-        """Has all that imported, and returns True; or False, where the caller had `given_up` before it was done. To be
-        called before each run, for the process that imports may have been killed.
-        """
-        self.begin()
-        while self._forks and not self._ready:
-            assert self._calls is not None
-            if select.select([self._calls], [], [], POLL_SECONDS)[0]:
-                self._ready = self._forks = bool(self._calls.recv(16))  # nothing, where it has ended
-            elif given_up():
+        while not select.select([self._calls], [], [], POLL_SECONDS)[0]:
+            if given_up():
                 return False
+        self._forks = bool(self._calls.recv(16))  # nothing, where it has ended
         return True
 
     def start(
@@ -129,14 +122,10 @@ class Starter:
         restarts: int = 0,
     ) -> Rank:
         """Starts a module of the lab, by its `main`. Rank 0 prints to a pipe; all else goes to the log of the rank."""
-        from launch.folder import rank_log  # at the top, it would keep `begin` waiting
-
         environment = dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
         environment |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world_size))
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         environment["TORCHELASTIC_RESTART_COUNT"] = str(restarts)  # launch.train goes on where it is above 0
-        # Options that the command line has set since `begin`.
-        environment |= {name: text for name, text in os.environ.items() if name.startswith("PARALLEL_LAB_")}
         log, output = rank_log(folder, rank), None
         with open(log, "ab") as file, contextlib.ExitStack() as stack:
             stdout = file.fileno()

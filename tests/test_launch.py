@@ -729,11 +729,11 @@ ONE = '[[variant]]\nname = "one"\n'
         ("base = ", "trio.toml': is not valid TOML"),
     ],
 )
-@pytest.mark.usefixtures("no_ranks")
 def test_a_wrong_comparison_is_one_line_that_names_file_variant_and_key(
     tmp_path: Path, text: str, named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", no_process)
     Path("base.toml").write_text(RECIPE)
     Path("trio.toml").write_text(text)
     for command in ("compare", "check"):
@@ -741,6 +741,10 @@ def test_a_wrong_comparison_is_one_line_that_names_file_variant_and_key(
         out, err = capsys.readouterr()
         assert (out, err.count("\n")) == ("", 1) and named in err and "trio.toml" in err
     assert not Path("runs").exists()
+
+
+def no_process(*arguments: Any, **settings: Any) -> None:
+    raise AssertionError("a process was started")
 
 
 def test_settings_may_be_written_either_way_and_the_command_line_has_the_last_word(tmp_path: Path) -> None:
@@ -806,8 +810,7 @@ def test_settings_may_be_written_either_way_and_the_command_line_has_the_last_wo
         (["compare", "trio.toml", "--cluster-name", ""], "--cluster-name = '': give a line of text, at most 1000"),
     ],
 )
-@pytest.mark.usefixtures("no_ranks")
-def test_a_wrong_command_line_is_one_line_and_starts_no_rank(
+def test_a_wrong_command_line_is_one_line_and_starts_nothing(
     tmp_path: Path,
     arguments: list[str],
     named: str,
@@ -815,6 +818,7 @@ def test_a_wrong_command_line_is_one_line_and_starts_no_rank(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", no_process)
     Path("base.toml").write_text(RECIPE)
     Path("trio.toml").write_text(BASE + ONE)
     assert main(arguments) == 2

@@ -1,5 +1,6 @@
 """A run that this machine has no memory for is refused before it starts; one that it may have is not asked."""
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,13 @@ def no_process(*arguments: Any, **settings: Any) -> Any:
     raise AssertionError("a process was started")
 
 
-@pytest.mark.usefixtures("no_ranks")
 @pytest.mark.parametrize("command", ["run", "compare"])
-def test_the_command_says_it_in_one_line_before_a_rank_starts(
+def test_the_command_says_it_in_one_line_before_anything_starts(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launch.room, "available_bytes", lambda: 10 * 2**20)
+    monkeypatch.setattr(subprocess, "Popen", no_process)
     Path("compare.toml").write_text(f'base = "{STRATEGIES / "fsdp.toml"}"\n[[variant]]\nname = "one"\n')
     file = "compare.toml" if command == "compare" else str(STRATEGIES / "fsdp.toml")
     small = ["--set", "model.n_layers=1", "--set", "data.source=synthetic"]

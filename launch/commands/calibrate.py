@@ -12,6 +12,7 @@ from typing import Any
 from launch.compare import visible_gpus
 from launch.folder import PREDICTED
 from launch.page import find_records
+from launch.starting import Starter
 from launch.supervisor import MAX_LOCAL_RANKS, run_program
 from launch.terminal import CommandError, Status, printable, progress, progress_stream
 from parallel.foresight.calibration import Calibration, Run, cluster_of, held_against, predicted_seconds
@@ -79,7 +80,7 @@ def _measured(arguments: argparse.Namespace, name: str) -> Cluster:
     if not 1 <= arguments.seconds <= MOST_SECONDS:
         raise RecipeError("--seconds", arguments.seconds, f"give seconds, 1 to {MOST_SECONDS:g}")
     limit = START_SECONDS + 3 * arguments.seconds  # more ranks than cores take turns
-    with tempfile.TemporaryDirectory() as folder, Status(progress_stream(arguments)) as status:
+    with tempfile.TemporaryDirectory() as folder, Starter() as starter, Status(progress_stream(arguments)) as status:
         written = Path(folder) / "measured.json"
         given = ["--write", str(written), "--seconds", repr(arguments.seconds), "--limit", repr(limit)]
         failure = run_program(
@@ -88,7 +89,7 @@ def _measured(arguments: argparse.Namespace, name: str) -> Cluster:
             n_ranks=ranks,
             folder=Path(folder),
             limit_seconds=limit,
-            starter=arguments.starter,
+            starter=starter,
             echo=lambda line: status.say(f"  {printable(line)}"),
         )
         if failure is not None:

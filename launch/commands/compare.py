@@ -9,6 +9,7 @@ from launch.compare import Comparison, foretell, lay_beside, on_one_device, pred
 from launch.folder import held_alone
 from launch.page import write_page
 from launch.room import refuse_without_room
+from launch.starting import Starter
 from launch.supervisor import Interrupted
 from launch.table import remark_on, row, table, table_for
 from launch.terminal import (
@@ -55,11 +56,11 @@ def run(arguments: argparse.Namespace) -> int:
     folder = arguments.out / comparison.name
     with held_alone(folder):
         try:
-            with Status(progress_stream(arguments)) as status:
+            with Starter() as starter, Status(progress_stream(arguments)) as status:
                 records = run_comparison(
                     comparison,
                     out=arguments.out,
-                    starter=arguments.starter,
+                    starter=starter,
                     status=status,
                     options=options,
                     resume=arguments.resume,

@@ -7,6 +7,7 @@ from launch.commands.check import recipe_with_data
 from launch.compare import is_comparison, visible_gpus
 from launch.folder import RUN_FILES, refuse_other_folder, resumed_run
 from launch.room import refuse_without_room
+from launch.starting import Starter
 from launch.supervisor import refuse_too_many, supervise
 from launch.table import remark_on, table_for, width_of
 from launch.terminal import (
@@ -57,15 +58,16 @@ def run(arguments: argparse.Namespace) -> int:
     say = progress(arguments)
     if not arguments.force:
         refuse_without_room(recipe, n_gpus=visible_gpus, say=say)
-    record = supervise(
-        recipe,
-        out=arguments.out,
-        starter=arguments.starter,
-        echo=lambda line: say(printable(line)),
-        options=options,
-        resume=arguments.resume,
-        max_restarts=arguments.max_restarts,
-    )
+    with Starter() as starter:
+        record = supervise(
+            recipe,
+            out=arguments.out,
+            starter=starter,
+            echo=lambda line: say(printable(line)),
+            options=options,
+            resume=arguments.resume,
+            max_restarts=arguments.max_restarts,
+        )
     if arguments.json:
         print(record_json(record))
     if record["status"] == "refused":
