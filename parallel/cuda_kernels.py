@@ -8,12 +8,11 @@ loss and AdamW keep the same on both.
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from parallel.torch_private import replaced_functions
 from parallel.transformer import repeated_for_cuda
 
 NAMESPACE = "parallel_lab"
@@ -26,12 +25,10 @@ def cuda_kernels() -> Iterator[None]:
     def rms_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor, eps: float) -> Tensor:
         return _rms_norm(x, weight)[0]
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        return of_cpu(q, *repeated_for_cuda(q, k, v), **options)
+    def attention(of_cpu: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda q, k, v, **options: of_cpu(q, *repeated_for_cuda(q, k, v), **options)
 
-    of_cpu = F.scaled_dot_product_attention
-    # Not by a torch function mode, which would not see what backward computes again.
-    with mock.patch.multiple(F, rms_norm=rms_norm, scaled_dot_product_attention=attention):
+    with replaced_functions(rms_norm=rms_norm, attention=attention):
         yield
 
 

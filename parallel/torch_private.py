@@ -75,6 +75,18 @@ def told_of_streams(*, mark: Callable[[Any], Any], wait: Callable[[Any, Any], No
         yield
 
 
+@contextlib.contextmanager
+def replaced_functions(*, rms_norm: Callable[..., Tensor], attention: Wrapper) -> Iterator[None]:
+    """Within, these two of torch.nn.functional are other ones; not by a torch function mode, which would not see what
+    backward computes again.
+    """
+    with (
+        _wrapped(torch.nn.functional, "rms_norm", lambda _: rms_norm),
+        _wrapped(torch.nn.functional, "scaled_dot_product_attention", attention),
+    ):
+        yield
+
+
 def n_compiled_graphs() -> int:
     """Graphs that torch.compile has made in this process."""
     dynamo = sys.modules.get("torch._dynamo.utils")  # takes half a second to import
