@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from published import Run, Table, in_words, read_rows, read_runs, scores
+from published import Prediction, Run, Score, Table, in_words, print_regret, read_rows, read_runs, scores
 
 from parallel.foresight import constants
 from parallel.foresight.constants import CONSTANTS
@@ -83,11 +83,15 @@ def main() -> None:
     arguments = parser.parse_args()
     runs, _ = read_runs(read_rows(arguments.runs))
     if arguments.leave_out:
-        found = []
+        found: list[Score] = []
+        predictions: list[Prediction] = []
         for source in dict.fromkeys(run.source for run in runs):
             use(fit([run for run in runs if run.source != source]))
-            found += scores([run for run in runs if run.source == source], arguments.calibrate_on)[0]
+            of_source = scores([run for run in runs if run.source == source], arguments.calibrate_on)
+            found += of_source[0]
+            predictions += of_source[1]
         print(in_words(found, markdown=arguments.markdown))
+        print_regret(predictions, markdown=arguments.markdown)
         return
     values = fit(runs)
     text = FILE.read_text(encoding="utf-8")

@@ -5,6 +5,8 @@
     python benchmarks/published.py RUNS.csv --predictions FILE.csv     # row by row, too
     python benchmarks/published.py RUNS.csv --failed FAILED.csv        # and how many of those did not fit
 
+Where rows of a source differ in their layout alone, it also prints what foresight's choice among them would have cost.
+
 RUNS.csv has a column for each thing a row may say (COLUMNS below; a missing or empty one is unknown) and what was
 measured: measured_step_s, measured_tokens_per_s_per_gpu, measured_tflops_per_gpu, measured_mfu or measured_hfu; and
 measured_mem_gib, of the fullest GPU. What a row leaves open widens the interval of its prediction; where nothing can be
@@ -100,6 +102,7 @@ class Run:
     rates: Rates
     cluster: str
     generation: str
+    program: tuple[str, ...]  # and its machine, as far as the row says: what `lab plan` leaves as it is
     doubts: list[str] = field(default_factory=list)
     measured_seconds: float | None = None
     keeping: Keeping = MIXED
@@ -136,7 +139,8 @@ def run_of(row: Mapping[str, str]) -> Run:
         layout["sequence_parallel"] = 1
     work = Workload(**shape, **layout, **how)
     generation = cluster.device.generation
-    run = Run(row.get("id", ""), row.get("source", ""), work, rates, cluster.name, generation, doubts)
+    program = tuple(said[key] for key in ("hardware", "interconnect", "attention", "precision", "compile"))
+    run = Run(row.get("id", ""), row.get("source", ""), work, rates, cluster.name, generation, program, doubts)
     run.model_flops = work.model_flops_per_token * work.tokens
     run.peak_flops = PEAKS.get(cluster.name) or cluster.peak("bfloat16").flops
     run.measured_seconds = measured_seconds(row, run)
@@ -499,8 +503,12 @@ class Score:
     oracle_error: float  # of the source's own median MFU
 
 
-def scores(runs: Sequence[Run], n_calibrate: int) -> tuple[list[Score], list[tuple[Run, float, float, bool]]]:
-    """By source; and of each run its predicted log seconds, their deviation, and whether it was calibrated on."""
+# A run, its predicted log seconds, their deviation, and whether the others were calibrated on it.
+Prediction = tuple[Run, float, float, bool]
+
+
+def scores(runs: Sequence[Run], n_calibrate: int) -> tuple[list[Score], list[Prediction]]:
+    """By source; and each run's own."""
     found, predictions = [], []
     for source in dict.fromkeys(run.source for run in runs):
         table = Table([run for run in runs if run.source == source])
@@ -561,11 +569,65 @@ def in_words(found: Sequence[Score], *, markdown: bool = False) -> str:
         f"{mean('bias'):+.1f}",
     )
     lines.append((*last, f"{mean('covered'):.0f}", f"{mean('constant_mfu_error'):.1f}", f"{mean('oracle_error'):.1f}"))
+    return aligned(heads, lines, markdown=markdown)
+
+
+def aligned(heads: Sequence[str], lines: Sequence[Sequence[str]], *, markdown: bool = False) -> str:
+    """A table of words, the first column to the left."""
     if markdown:
         rows = ["| " + " | ".join(line) + " |" for line in (heads, *lines)]
         return "\n".join([rows[0], "|---|" + "--:|" * (len(heads) - 1), *rows[1:]])
     width = max(len(line[0]) for line in lines)
-    return "\n".join(line[0].ljust(width) + "".join(cell.rjust(9) for cell in line[1:]) for line in (heads, *lines))
+    widths = [max(9, len(head) + 2) for head in heads[1:]]
+    return "\n".join(
+        line[0].ljust(width) + "".join(cell.rjust(n) for cell, n in zip(line[1:], widths, strict=True))
+        for line in (heads, *lines)
+    )
+
+
+# ---- the best layout -----------------------------------------------------------------------------------------------
+
+SHAPE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "n_mlp_matrices", "vocab_size", "seq_len")
+
+
+def sweeps(runs: Sequence[Run]) -> list[list[int]]:
+    """Indices of measured runs that differ in their layout alone: of one source, program, model, batch and size."""
+    of: dict[tuple[Any, ...], list[int]] = {}
+    for i, run in enumerate(runs):
+        w = run.workload
+        if run.measured_seconds is not None and not {"layout", "global_batch"} & set(run.doubts):
+            key = (run.source, *run.program, *(getattr(w, name) for name in SHAPE), w.world_size, round(w.tokens))
+            of.setdefault(key, []).append(i)
+    return [rows for rows in of.values() if len({runs[i].workload for i in rows}) > 1]
+
+
+def regret_in_words(predictions: Sequence[Prediction], *, markdown: bool = False) -> str:
+    """By source: by how much the layout foretold to be fastest was slower than the fastest measured, in %."""
+    by_source: dict[str, list[tuple[float, float]]] = {}
+    for rows in sweeps([run for run, *_ in predictions]):
+        foretold = np.array([predictions[i][1] for i in rows])
+        measured = np.array([predictions[i][0].measured_seconds for i in rows], dtype=float)
+        chosen = measured[foretold == foretold.min()].mean()  # of rows that foresight cannot tell apart, any
+        costs = (chosen / measured.min() - 1, measured.mean() / measured.min() - 1)
+        by_source.setdefault(predictions[rows[0]][0].source, []).append(costs)
+    heads, lines = ("source", "sweeps", "regret: mean", "worst", "any layout: mean"), []
+    for source, found in by_source.items():
+        regret, random = np.array(found).T
+        lines.append((source, f"{len(found)}", *_percent(regret.mean(), regret.max(), random.mean())))
+    means = [np.array(found).mean(0) for found in by_source.values()]
+    worst = max(cost for found in by_source.values() for cost, _ in found)
+    n = sum(len(found) for found in by_source.values())
+    regret, random = np.mean(means, axis=0)
+    lines.append(("mean of sources", f"{n}", *_percent(regret, worst, random)))
+    return aligned(heads, lines, markdown=markdown)
+
+
+def print_regret(predictions: Sequence[Prediction], *, markdown: bool = False) -> None:
+    """Nothing, where no two rows differ in their layout alone."""
+    if sweeps([run for run, *_ in predictions]):
+        print("\nRows that differ in their layout alone: by how much the one foretold to be fastest took longer than")
+        print("the fastest measured, in %; and any of them, taken by chance.\n")
+        print(regret_in_words(predictions, markdown=markdown))
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
@@ -631,6 +693,7 @@ def main() -> None:
     print("Errors of predicted step seconds, in %. in 90 %: measured ones within the 90 % interval.")
     print("MFU 40 %: what a constant MFU would be off by; own MFU: the source's own median, known afterwards.\n")
     print(in_words(found, markdown=arguments.markdown) if found else "no row has a measurement")
+    print_regret(predictions, markdown=arguments.markdown)
     if any(run.measured_gib for run in runs):
         print("\nErrors of predicted memory, in %: if backward gathers again what tp has split, if that is kept, and")
         print(
