@@ -513,13 +513,14 @@ def scores(runs: Sequence[Run], n_calibrate: int) -> tuple[list[Score], list[Pre
     for source in dict.fromkeys(run.source for run in runs):
         table = Table([run for run in runs if run.source == source])
         log_seconds, sensitive = table.predicted()
-        covaries = covariance(sensitive, [{doubt: DOUBTS[doubt] for doubt in run.doubts} for run in table.runs])
+        doubts = [{doubt: DOUBTS[doubt] for doubt in run.doubts} for run in table.runs]
+        common = covariance(sensitive, doubts, [run.program for run in table.runs])
         errors = table.log_measured - log_seconds  # nan where nothing was measured
         measured = np.flatnonzero(np.isfinite(errors))
         seen = (
             measured[np.linspace(0, len(measured) - 1, n_calibrate).astype(int)] if n_calibrate < len(measured) else []
         )
-        mean, deviation = corrected(covaries, {int(i): float(errors[i]) for i in seen})
+        mean, deviation = corrected(common, {int(i): float(errors[i]) for i in seen})
         log_seconds = log_seconds + mean
         predictions += [(run, log_seconds[i], deviation[i], i in seen) for i, run in enumerate(table.runs)]
         judged = np.setdiff1d(measured, seen)

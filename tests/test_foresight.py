@@ -341,15 +341,28 @@ def test_memory_of_another_program_by_hand(changes: dict[str, float], keeping: d
 
 def test_what_was_measured_corrects_what_was_not_and_narrows_it() -> None:
     sensitive, doubts = np.array([[0.1, 0.0], [0.1, 0.0], [0.0, 0.3]]), [{}, {}, {"recompute": 0.1}]
-    covaries = covariance(sensitive, doubts)
-    assert np.sqrt(covaries[0, 0]) == pytest.approx(math.hypot(PROGRAM_DEVIATION, RUN_DEVIATION, 0.1))
-    before = corrected(covaries, {})
-    assert np.all(before[0] == 0) and before[1][2] == pytest.approx(math.sqrt(covaries[2, 2]))
-    mean, deviation = corrected(covaries, {0: 0.2})
-    assert 0 < mean[2] < mean[1] < mean[0] == pytest.approx(0.2)  # the likest is corrected most
-    assert deviation[1] < before[1][1] and deviation[2] < before[1][2]
-    odd, _ = corrected(covaries, {0: 5.0})
-    assert odd[1] < 0.6  # one run that is off by a factor of 150
+    common = covariance(sensitive, doubts)
+    assert np.sqrt(common[0, 0]) == pytest.approx(math.hypot(PROGRAM_DEVIATION, 0.1))
+    before = corrected(common, {})
+    assert np.all(before[0] == 0) and before[1][2] == pytest.approx(math.sqrt(common[2, 2] + RUN_DEVIATION**2))
+    mean, deviation = corrected(common, {0: 0.2})
+    assert 0 < mean[2] < mean[1] == pytest.approx(mean[0])  # the likest is corrected most
+    assert mean[0] < 0.2 and deviation[1] < before[1][1]
+    odd, wide = corrected(common, {0: 5.0})
+    assert odd[1] < 0.2 and wide[1] > 0.5  # one run that is off by a factor of 150
+
+
+def test_runs_that_contradict_each_other_say_little_of_others() -> None:
+    common = covariance(np.zeros((4, 1)), [{}] * 4)
+    agreed, narrow = corrected(common, {0: 0.2, 1: 0.19, 2: 0.21})
+    mixed, wide = corrected(common, {0: 0.7, 1: -0.3, 2: 0.2})
+    assert agreed[3] == pytest.approx(0.18, abs=0.01) and narrow[3] < 0.08
+    assert 0 < mixed[3] < 0.08 and wide[3] > 0.3  # their mean is 0.2, too
+
+
+def test_another_program_is_corrected_half_as_much() -> None:
+    mean, deviation = corrected(covariance(np.zeros((3, 1)), [{}] * 3, ["eager", "eager", "fused"]), {0: 0.2})
+    assert mean[2] == pytest.approx(mean[1] / 2) and deviation[1] < deviation[2]
 
 
 def published(tmp_path: Path, *rows: dict[str, str], options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
