@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from published import Prediction, Run, Score, Table, in_words, print_regret, read_rows, read_runs, scores
+from published import DOUBTS, Prediction, Run, Score, Table, in_words, print_regret, read_rows, read_runs, scores
 
 from parallel.foresight import constants
 from parallel.foresight.constants import CONSTANTS
@@ -30,7 +30,7 @@ ITERATIONS, STEP = 15, 0.01
 
 def usable(run: Run) -> bool:
     """Fitted to: what says enough, and was not hindered by something that no formula here has."""
-    if run.measured_seconds is None or {"layout", "offload", "limited power"} & set(run.doubts):
+    if run.measured_seconds is None or {"layout", "offload", "limited power", "precision"} & set(run.doubts):
         return False
     mfu = run.model_flops / (run.measured_seconds * run.workload.world_size * (run.peak_flops or np.inf))
     return bool(mfu > 0.1 and run.workload.tp <= run.rates.node_ranks)
@@ -43,6 +43,10 @@ def fit(runs: Sequence[Run]) -> dict[tuple[str, str], float]:
     spread = np.array([CONSTANTS[name][key].spread for name, key in NAMES])
     sources = [np.flatnonzero(table.sources == source) for source in dict.fromkeys(table.sources)]
 
+    # What a source's rows leave open is likely to move them all.
+    opened = np.array([sum(DOUBTS[doubt] ** 2 for doubt in run.doubts) for run in table.runs])
+    doubtful = [SOURCE_DEVIATION**2 + np.median(opened[rows]) for rows in sources]
+
     def log_seconds(logs: Array) -> Array:
         return table.log_seconds(table.each(dict(zip(NAMES, np.exp(logs), strict=True))))
 
@@ -52,11 +56,11 @@ def fit(runs: Sequence[Run]) -> dict[tuple[str, str], float]:
         jacobian = np.stack([(log_seconds(logs + STEP * unit) - base) / STEP for unit in np.eye(len(logs))], axis=1)
         errors = table.log_measured - base
         precision, pull = np.diag(1 / spread**2), (before - logs) / spread**2
-        for rows in sources:
+        for rows, common in zip(sources, doubtful, strict=True):
             off = np.abs(errors[rows] - np.median(errors[rows]))
             weights = np.minimum(1, OUTLIER / np.maximum(off, 1e-9)) * min(1, MOST / len(rows)) / RUN_DEVIATION**2
             # The inverse of diag(1 / weights) + SOURCE_DEVIATION², by Sherman and Morrison.
-            shared = SOURCE_DEVIATION**2 / (1 + SOURCE_DEVIATION**2 * weights.sum())
+            shared = common / (1 + common * weights.sum())
             weighted = jacobian[rows] * weights[:, None]
             precision += jacobian[rows].T @ weighted - shared * np.outer(weighted.sum(0), weighted.sum(0))
             pull += weighted.T @ errors[rows] - shared * weighted.sum(0) * (weights @ errors[rows])

@@ -40,7 +40,8 @@ COLUMNS = (
     *("id", "source", "hardware", "gpus_per_node", "interconnect", "n_gpus", "n_params_b", "n_layers", "d_model"),
     *("n_heads", "n_kv_heads", "d_ff", "mlp_kind", "vocab", "seq_len", "moe", "dp_kind", "tp", "sp", "pp", "vpp"),
     *("pp_schedule", "cp", "cp_kind", "micro_batch", "grad_accum", "global_batch", "recompute", "attention"),
-    *("precision", "compile"),
+    *("precision", "compile", "notes"),
+    "public_cfg_fields",  # which of these are not the row's own, but taken from a public configuration
 )
 # What a row's hardware is called -> cluster of the catalogue, the longest name first.
 HARDWARE = (
@@ -52,6 +53,7 @@ TDP_WATTS = {"h100": 700, "h200": 700, "a100": 400, "b200": 1000}  # of those ab
 # Ways in which some of these are built: of an H100's or A100's best product, and 10^9 bytes/s in a node.
 PCIE_SHARE, PCIE_GB_PER_S = 0.8, 25.0
 SLOWER_LINKS = {"H800": 180.0, "A800": 140.0}
+EFA_HOP_US = 40.0  # by all-reduces of next to nothing on 2 and 4 nodes: 130 and 418 us (nccl-tests of p5 and p6)
 DEFAULT_VOCABULARY = 51200  # of GPT-2's tokens, padded; a row that does not say is nearly always of these
 
 # What an unknown of each kind adds to the standard deviation of log seconds: set by hand, by how much choices differ.
@@ -131,8 +133,15 @@ def run_of(row: Mapping[str, str]) -> Run:
         shape = _shape(row, said, doubts)
         layout = _layout(row, said, shape, cluster, doubts)
         how = _kernels(said, shape, layout, cluster, doubts)
+        if "recompute" in said["public_cfg_fields"] and "recompute" not in doubts:
+            doubts.append("recompute")
         cluster = dataclasses.replace(cluster, software=_software(said, flash=how["flash"]))
         rates = _rates(said, cluster, doubts)
+        if _gathers(said) and _any_of(said["source"] + said["notes"], "deepspeed"):
+            # Its ZeRO-3 gathers again for what it computes again; and of parameters one at a time, at half the rate
+            # of whole blocks: by both sources that have it.
+            rates = replace(rates, gather_bytes=2.0, scatter_bytes=2.0)
+            layout["backward_gathers"] *= 1 + how["again_products"]
     except RecipeError as error:  # a figure that no cluster can have
         raise Refused(str(error)) from None
     if said["sp"] == "" and cluster.software.profile == "megatron-core":
@@ -249,6 +258,7 @@ def _layout(
         "backward_gathers": m if each else 0,
         "reduce_scatters": m if each else int(sharded),
         "all_reduces": int(replicas > 1 or (not sharded and dp * cp > 1)),
+        "overlaps_data": int(gathers or not sharded or not _any_of(said["source"], "nanotron")),  # ZeRO-1 after a step
         "gradient_bytes": 2 if said["precision"] in ("fp16", "float16") else 4,
         "ring": int(not _any_of(said["cp_kind"], "a2a", "ulysses", "all-to-all")),
         "all_to_all": int(_any_of(said["cp_kind"], "a2a", "ulysses", "all-to-all")),
@@ -287,7 +297,8 @@ def _kernels(
         flash = 0.5 if cluster.device.generation == "ampere" else 1.0
     kept = 34 * layout["micro_batch"] * shape["seq_len"] * shape["d_model"] * shape["n_layers"]  # bytes, kept whole
     fits = kept / (layout["tp"] * layout["cp"]) < 0.6 * cluster.memory_gib * 2**30
-    products, of_attention, rest = _recompute(said["recompute"], flash=flash > 0, fits=fits, doubts=doubts)
+    how = dict(flash=flash > 0, fits=fits, per_op=_gathers(said), doubts=doubts)
+    products, of_attention, rest = _recompute(said["recompute"], **how)
     return {
         "flash": flash,
         "again_products": products,
@@ -301,17 +312,17 @@ def _kernels(
     }
 
 
-def _recompute(said: str, *, flash: bool, fits: bool, doubts: list[str]) -> tuple[float, float, float]:
-    """Of products, attention and the rest, as in Workload."""
+def _recompute(said: str, *, flash: bool, fits: bool, per_op: bool, doubts: list[str]) -> tuple[float, float, float]:
+    """Of products, attention and the rest, as in Workload. per_op: `selective` is by operators, as with FSDP."""
     if said.startswith("none") or said in ("no", "off", "false"):
         return 0.0, 0.0, 0.0
     if said.startswith("full") or said in TRUE:
         return 1.0, 1.0, 1.0
     if said.startswith("selective"):
-        if _any_of(said, "per-op", "layer", "2nd", "every"):
-            return 0.4, 0.4, 0.5
         if _any_of(said, "minimal", "dot", "context"):
             return 0.0, 0.0, 0.7
+        if per_op or _any_of(said, "per-op", "layer", "2nd", "every"):
+            return 0.4, 0.4, 0.5
         return (0.0, 0.0, 0.5) if flash else (0.0, 1.0, 0.0)
     doubts.append("recompute")
     if said.startswith("custom"):
@@ -331,8 +342,10 @@ def _software(said: Mapping[str, str], *, flash: float) -> Software:
         or (_any_of(said["precision"], "fp8", "float8") and not said["compile"].startswith("yes"))
     ):
         profile = "megatron-core"
+    elif _any_of(said["source"], "llm-foundry", "internevo"):
+        profile = "torch-2023"
     else:
-        profile = "torch"
+        profile = "nanotron" if _any_of(said["source"], "nanotron", "ultra-scale") else "torch"
     return Software(profile=profile, **PROFILES[profile])
 
 
@@ -369,6 +382,7 @@ def _cluster(row: Mapping[str, str], doubts: list[str]) -> Cluster:
         share = min(1.0, float(watts[1]) / TDP_WATTS.get(name, float(watts[1]))) ** 0.4
         doubts.append("power")
     elif "power" in hardware.lower():
+        share = 0.5**0.4  # a limit that is not told, but slows: as if it were half
         doubts.append("limited power")
     if "PCIE" in hardware.upper():
         share, links = share * PCIE_SHARE, dataclasses.replace(links, inside_gb_per_s=PCIE_GB_PER_S)
@@ -384,6 +398,8 @@ def _cluster(row: Mapping[str, str], doubts: list[str]) -> Cluster:
     node = max(1, int(number(row, "gpus_per_node") or cluster.ranks_per_node))
     if (network := _network(row.get("interconnect") or "", node)) is not None:
         links = dataclasses.replace(links, across_gb_per_s=network)
+    if "EFA" in (row.get("interconnect") or ""):
+        links = dataclasses.replace(links, across_hop_us=EFA_HOP_US)
     return dataclasses.replace(cluster, device=device, links=links, ranks_per_node=node)
 
 

@@ -16,7 +16,7 @@ from parallel.foresight.clusters import CATALOGUE, PROFILES, Cluster, cluster_fr
 from parallel.foresight.constants import values_of
 from parallel.foresight.memory import LAB, ON_CPU, Keeping, peak_bytes
 from parallel.foresight.prediction import hardware_flops_per_token, parts_of, predict
-from parallel.foresight.price import PARTS, price
+from parallel.foresight.price import PARTS, Links, hop_seconds, price
 from parallel.foresight.uncertainty import PROGRAM_DEVIATION, RUN_DEVIATION, corrected, covariance
 from parallel.foresight.workload import Workload, bubble, of_recipe, stacked
 from parallel.measure.accelerators import ACCELERATORS
@@ -187,6 +187,25 @@ def test_messages_by_hand() -> None:
     assert parts(recipe())["data_messages"] == 0
 
 
+def test_a_ring_goes_through_all_ranks_by_hand() -> None:
+    """An all-gather of next to nothing: 16 ranks of two nodes pass it on 14 times within a node and once between."""
+    link = Links(H100.rates("bfloat16"), values_of("hopper"))
+    assert float(link.gather(0.0, ranks=16, stride=1)) == pytest.approx(60e-6 + 14 * 2e-6 + 4e-6)
+    assert float(link.gather(0.0, ranks=8, stride=1)) == pytest.approx(41e-6 + 7 * 2e-6)
+
+
+def test_a_part_of_what_goes_to_the_next_stage_is_sent_by_each_rank_by_hand() -> None:
+    """8 ranks of tp in a node: each sends an eighth over its card, and then all gather the rest within the node."""
+    work = dataclasses.replace(SMALL, pp=2, tp=8, sequence_parallel=0)
+    rates, constants = H100.rates("bfloat16"), values_of("hopper")
+    stream, sent = 2 * TOKENS * 1024, rates.send_seconds
+    across, inside = 50e9 * constants["across"], 444e9 * constants["inside"]
+    whole = float(hop_seconds(work, rates, Links(rates, constants)))
+    assert whole == pytest.approx(sent + stream / across)
+    split = float(hop_seconds(work, dataclasses.replace(rates, pipeline_split=1), Links(rates, constants)))
+    assert split == pytest.approx(sent + stream / 8 / across + stream * 7 / 8 / inside + 41e-6 + 7 * 2e-6)
+
+
 @pytest.mark.parametrize(
     "layout",
     [
@@ -204,13 +223,13 @@ def test_messages_by_hand() -> None:
 )
 def test_messages_have_the_bytes_that_a_dry_run_counts(layout: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Priced by links of a byte a second, where nothing else takes time or hides anything, seconds are bytes."""
-    for hop in ("LINK_HOP_SECONDS", "NETWORK_HOP_SECONDS"):
-        monkeypatch.setattr(f"parallel.foresight.price.{hop}", 0.0)
+    monkeypatch.setattr("parallel.foresight.price.LINK_HOP_SECONDS", 0.0)
     rates = dataclasses.replace(
         H100.rates("bfloat16"),
         **dict.fromkeys(("matmul_flops", "memory_bytes_per_s"), 1e30),
         **dict.fromkeys(("inside_bytes_per_s", "across_bytes_per_s"), 1.0),
-        **dict.fromkeys(("inside_seconds", "across_seconds", "data_hidden", "launch_seconds"), 0.0),
+        **dict.fromkeys(("inside_seconds", "across_seconds", "across_hop_seconds"), 0.0),
+        **dict.fromkeys(("data_hidden", "launch_seconds"), 0.0),
         node_ranks=8,
     )
     found = recipe(model=dict(n_layers=2, vocab_size=1024), train=dict(global_batch=16), **layout)
@@ -438,6 +457,30 @@ def test_what_a_row_leaves_open_widens_it_and_what_it_must_say_is_asked_for(tmp_
     for reason in ("nothing is known of hardware 'TPU-v9'", "seq_len is not given", "experts", "fewer than tp 8"):
         assert reason in done.stdout
     assert "no row has a measurement" in done.stdout
+
+
+def test_a_program_is_known_by_what_a_row_says_of_it(tmp_path: Path) -> None:
+    zero_3 = NARAYANAN | dict(
+        n_layers="96", d_model="12288", n_heads="96", d_ff="49152", n_gpus="768", tp="1", pp="1", dp_kind="zero3",
+        micro_batch="2", global_batch="1536",
+    )  # fmt: skip
+    small = LLAMA | dict(n_gpus="128", pp="2", vpp="1", n_layers="16", d_model="2048", n_heads="32", global_batch="64")
+    rows = [
+        zero_3 | dict(id="zero"),
+        zero_3 | dict(id="deepspeed", notes="DeepSpeed ZeRO-3"),  # gathers again what it computes again
+        small | dict(id="one"),
+        small | dict(id="nanotron", source="a sweep of nanotron"),  # hosts are late
+        LLAMA | dict(id="said", n_gpus="8192"),
+        LLAMA | dict(id="taken", n_gpus="8192", public_cfg_fields="recompute (of its script)"),
+    ]
+    out = tmp_path / "predictions.csv"
+    published(tmp_path, *rows, options=("--predictions", str(out)))
+    found = {cells[0]: cells for cells in (line.split(",") for line in out.read_text().splitlines()[1:])}
+    seconds = {name: float(cells[2]) for name, cells in found.items()}
+    width = {name: float(cells[4]) / float(cells[3]) for name, cells in found.items()}
+    assert seconds["deepspeed"] > 1.1 * seconds["zero"]
+    assert seconds["nanotron"] > 3 * seconds["one"]
+    assert seconds["taken"] == seconds["said"] and width["taken"] > width["said"]
 
 
 def test_one_configuration_in_other_words(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ class Links(Section):
         0.0, "one rank's share of the node's network, each way, 10^9 bytes/s", minimum=0.001
     )
     across_us: float = option(60.0, "between nodes, microseconds", minimum=0)
+    across_hop_us: float = option(4.0, "more for each node on the way, as NCCL's table has it", minimum=0)
     origin: Origin = option("assumed", "where these are from")
     source: str = option("", "the same in words")
 
@@ -76,12 +77,20 @@ class Software(Section):
     )
     attention_tokens: float = option(512.0, "of a sequence at which attention reaches half its rate", minimum=0)
     launches: float = option(40.0, "kernels in a block's forward", minimum=0)
+    tensor_launches: float = option(12.0, "more of them where tp splits the block", minimum=0)
     launch_us: float = option(8.0, "of the host, for each", minimum=0)
+    late_us: float = option(
+        0.0, "of a block's host, each way and for each rank of tp, where a pipeline goes over nodes", minimum=0
+    )
     operator_share: float = option(1.3, "bytes that pass between products, of what one kernel each would", minimum=0)
     logit_bytes: float = option(40.0, "that pass through memory for each logit", minimum=0)
     tensor_hidden: float = option(0.0, "part of tp's messages that products hide", minimum=0, maximum=1)
     pipeline_hidden: float = option(0.0, "part of the pipeline's messages that is hidden", minimum=0, maximum=1)
+    pipeline_split: int = option(
+        0, "1: each rank of tp sends its part of what goes to the next stage", minimum=0, maximum=1
+    )
     data_hidden: float = option(1.0, "part of weights' and gradients' messages that can hide", minimum=0, maximum=1)
+    bucket_mib: float = option(0.0, "MiB of gradients that ranks sum at once, where each keeps all; 0: all", minimum=0)
     gather_launches: float = option(0.0, "that a message of FSDP takes of a host, in launches; on CPUs", minimum=0)
     stage_launches: float = option(0.0, "that a pipeline's stage and microbatch take, each way; on CPUs", minimum=0)
 
@@ -136,17 +145,22 @@ class Cluster:
             inside_ranks=links.inside_ranks,
             across_bytes_per_s=links.across_gb_per_s * 1e9,
             across_seconds=links.across_us * 1e-6,
+            across_hop_seconds=links.across_hop_us * 1e-6,
             # Attention's kernels for 8 bits are not in use: its rate is of 16.
             attention_gain=software.attention_gain
             * ((self.matmul_flops("bfloat16") or flops) / flops if dtype == "float8" else 1),
             attention_tokens=software.attention_tokens,
             launch_seconds=software.launch_us * 1e-6,
             launches=software.launches,
+            tensor_launches=software.tensor_launches,
+            late_seconds=software.late_us * 1e-6,
             operator_share=software.operator_share,
             logit_bytes=software.logit_bytes,
             tensor_hidden=software.tensor_hidden,
             pipeline_hidden=software.pipeline_hidden,
+            pipeline_split=software.pipeline_split,
             data_hidden=software.data_hidden,
+            buckets_per_byte=1 / (software.bucket_mib * 2**20) if software.bucket_mib else 0,
             gather_launches=software.gather_launches,
             stage_launches=software.stage_launches,
             synchronous=int(self.accelerator == "cpu"),

@@ -21,7 +21,7 @@ PARTS = (
 )
 COMPUTE, COMMUNICATION = PARTS[:5], PARTS[5:9]
 TILE = 128 * 128  # elements of a product that one multiprocessor makes at a time
-LINK_HOP_SECONDS, NETWORK_HOP_SECONDS = 2e-6, 4e-6  # of a ring, NCCL's own table (src/graph/tuning.cc, LL128)
+LINK_HOP_SECONDS = 2e-6  # of a ring within a node, NCCL's own table (src/graph/tuning.cc, LL128)
 RING_HIDDEN = 0.95  # of a ring's messages, while attention computes
 STREAMS = 0.8  # of a memory's bandwidth, that reading and writing in order reaches
 BACKWARD_LAUNCHES = 1.6  # of a block's backward, in those of its forward, in programs that are not the lab's own
@@ -41,15 +41,20 @@ class Rates:
     inside_ranks: Number = 0  # among how many, where that grows with them, as on CPUs; 0: where it does not
     across_bytes_per_s: Number  # of one rank's share of its node's network
     across_seconds: Number
+    across_hop_seconds: Number = 4e-6  # more for each node on the way
     attention_gain: Number  # of its fused attention over kernels of the second generation
     attention_tokens: Number = 512  # of a sequence at which that reaches half its rate
     launch_seconds: Number  # of the host, for each kernel
     launches: Number  # kernels in a block's forward
+    tensor_launches: Number = 12  # more of them with tp
+    late_seconds: Number = 0  # of a block's host, each way and for each rank of tp, where a pipeline goes over nodes
     operator_share: Number  # bytes that pass between products, of those of eager code
     logit_bytes: Number  # that pass through memory for each logit, forward and backward
     tensor_hidden: Number  # part of tensor parallelism's messages that travels while products run
     pipeline_hidden: Number  # the same of the pipeline's
+    pipeline_split: Number = 0  # 1: each rank of tp sends its part of it to the next stage, where all gather it
     data_hidden: Number  # the same of weights and gradients, where they overlap
+    buckets_per_byte: Number = 0  # of gradients, where data ranks keep all of them; 0: all at once
     # Of other messages than all-reduces: seconds a byte, and of an empty one, beside those of an all-reduce.
     gather_bytes: Number = 1.0
     gather_start: Number = 1.0
@@ -178,14 +183,17 @@ def _block(
     backward = products[1] + attention[1] + operators[1] + sum(again)
 
     launches = np.where(w.compiled == 1, np.minimum(r.launches, 14), r.launches) + 8 * (1 - w.flash)
-    launches = launches + 12 * (w.tp > 1) + 8 * (w.cp - 1) * (1 - w.all_to_all)  # a ring's kernels, piece by piece
+    launches = launches + r.tensor_launches * (w.tp > 1)
+    launches = launches + 8 * (w.cp - 1) * (1 - w.all_to_all)  # a ring's kernels, piece by piece
     back = launches * (BACKWARD_LAUNCHES + np.maximum(w.again_rest, w.again_products))
     host = r.launch_seconds * k["launch"]
-    # While a message travels the host goes on: seen in dry runs, but not in what was published of other programs.
+    # Ranks of tp wait for the latest of them.
+    late = r.late_seconds * w.tp * ((w.pp > 1) & (w.world_size > r.node_ranks))
+    # While a message travels the host goes on.
     beside = messages.tensor_forward + messages.context_forward, messages.tensor_backward + messages.context_backward
     waits = (
-        _waits(r, forward + w.own * beside[0], host * np.where(w.own == 1, counted.forward, launches)),
-        _waits(r, backward + w.own * beside[1], host * np.where(w.own == 1, counted.backward, back)),
+        _waits(r, forward + beside[0], host * np.where(w.own == 1, counted.forward, launches) + late),
+        _waits(r, backward + beside[1], host * np.where(w.own == 1, counted.backward, back) + late),
     )
     return _Block(
         products=products[0] + products[1] + again[0],
@@ -355,8 +363,11 @@ def _pipeline_messages(w: Workload, r: Rates, link: "Links", *, mean: bool) -> N
 
 def hop_seconds(w: Workload, r: Rates, link: "Links") -> Number:
     """Of a microbatch from one stage of the pipeline to the next, as far as it does not travel unseen."""
-    stream = w.element_bytes * _tokens(w) * w.d_model / np.where(w.sequence_parallel == 1, w.tp, 1)
-    return link.send(stream, stride=w.dp_replicate * w.dp_shard * w.cp * w.tp) * (1 - r.pipeline_hidden)
+    stream, split = w.element_bytes * _tokens(w) * w.d_model, np.maximum(w.sequence_parallel, r.pipeline_split)
+    sent = link.send(stream / np.where(split == 1, w.tp, 1), stride=w.dp_replicate * w.dp_shard * w.cp * w.tp)
+    # Narayanan et al. 2021 (arXiv:2104.04473), 4.1.
+    gathered = np.where(split > w.sequence_parallel, link.gather(stream, ranks=w.tp, stride=1), 0)
+    return (sent + gathered) * (1 - r.pipeline_hidden)
 
 
 def _shards(w: Workload) -> Number:
@@ -396,7 +407,11 @@ def _data_messages(
         weights * w.gradient_bytes / np.where(sharded, shards, 1),
         ranks=np.where(sharded, w.dp_replicate, w.dp_replicate * w.dp_shard * w.cp),
         stride=np.where(sharded, w.dp_shard * w.cp, 1) * w.tp,
-        calls=calls / np.where(sharded & (r.synchronous == 1), 1, 4),  # buckets hold a few blocks
+        calls=np.where(
+            sharded | (np.maximum(w.own, r.synchronous) == 1),
+            calls / np.where(sharded & (r.synchronous == 1), 1, 4),  # buckets hold a few blocks
+            np.maximum(1, weights * w.gradient_bytes * r.buckets_per_byte),
+        ),
     )
     return data + w.all_reduces * exposed(reduce, backward)
 
@@ -432,16 +447,17 @@ class Links:
         )
 
     def _once_round(self, n_bytes: Number, starts: Number, *, ranks: Number, stride: Number, calls: Number) -> Number:
-        near, nodes, rate = self._group(ranks, stride)
+        _, nodes, rate = self._group(ranks, stride)
         start = starts * self._start(ranks, nodes)
-        hops = LINK_HOP_SECONDS * (near - 1) + NETWORK_HOP_SECONDS * (nodes - 1)
+        hops = LINK_HOP_SECONDS * (ranks - nodes) + self._r.across_hop_seconds * (nodes - 1)
         return np.where(ranks > 1, n_bytes * (ranks - 1) / ranks / rate + calls * (start + hops), 0)
 
     def all_reduce(self, n_bytes: Number, *, ranks: Number, stride: Number, calls: Number = 1) -> Number:
         near, nodes, rate = self._group(ranks, stride)
         start = self._start(ranks, nodes)
         # Far away by trees, whose depth is a logarithm.
-        hops = 2 * LINK_HOP_SECONDS * (near - 1) + 2 * NETWORK_HOP_SECONDS * np.log2(np.maximum(nodes, 1))
+        deep = np.log2(np.maximum(nodes, 1))
+        hops = 2 * LINK_HOP_SECONDS * (near - 1) + 2 * self._r.across_hop_seconds * deep
         return np.where(ranks > 1, 2 * n_bytes * (ranks - 1) / ranks / rate + calls * (start + hops), 0)
 
     def all_to_all(self, n_bytes: Number, *, ranks: Number, stride: Number, calls: Number = 1) -> Number:
