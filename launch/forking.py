@@ -18,6 +18,7 @@ import time
 import traceback
 
 from launch import train
+from launch.redaction import Redacted
 from launch.starting import ask_to_die_with
 from parallel.measure.record import git_commit
 
@@ -84,7 +85,7 @@ def _be_rank(
         os.environ.update(environment)
         code = importlib.import_module(program).main(arguments)
     except BaseException:
-        traceback.print_exc()
+        traceback.print_exc(file=Redacted(sys.stderr))
     train.leave(code)
 
 

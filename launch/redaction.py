@@ -11,9 +11,11 @@ SHORTEST = 8  # characters: a text may hold a shorter value by chance
 
 def without_secrets(text: str) -> str:
     """`text` with *** in place of the values of such variables as WANDB_API_KEY."""
+    # A tracker's thread may take a variable away meanwhile, as W&B does: nothing may be raised here for that.
+    variables = ((name, os.environ.get(name, "")) for name in list(os.environ))
     secrets = [
         value
-        for name, value in os.environ.items()
+        for name, value in variables
         if len(value) >= SHORTEST and (NAMES.search(name) or WITH_PASSWORD.search(value))
     ]
     for secret in sorted(secrets, key=len, reverse=True):  # one may be a part of another

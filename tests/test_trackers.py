@@ -2,11 +2,13 @@
 secret of the environment is in any file of a run."""
 
 import json
+import os
 import signal
 import struct
 import subprocess
 import sys
 import time
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -343,6 +345,17 @@ def test_no_secret_is_in_any_file_of_a_run_that_raises_or_is_done(
     lab("report", "runs", "--html", "runs/page.html")
     assert "spills" in (lab.folder / "runs/page.html").read_text()
     assert leaks(lab.folder / "runs") == []
+
+
+def test_a_variable_that_is_taken_away_meanwhile_hides_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Going(UserDict[str, str]):
+        """Lists a variable that another thread has removed when it is asked for."""
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(["GONE", *self.data])
+
+    monkeypatch.setattr(os, "environ", Going({"A_TOKEN": "abcdefgh"}))
+    assert without_secrets("it is abcdefgh") == "it is ***"
 
 
 def test_a_secret_is_found_by_its_name_and_long_ones_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
