@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from launch.supervisor import Interrupted, Stopped
-from launch.terminal import CommandError, Parser, did_you_mean, printable
+from launch.terminal import CommandError, Parser, printable
 from launch.verdict import STOPPED
 from parallel.measure.record import version
-from parallel.recipe import RecipeError
+from parallel.recipe import RecipeError, did_you_mean
 
 COMMANDS = (
     "check",

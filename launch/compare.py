@@ -25,12 +25,12 @@ from launch.folder import PREDICTED, prepare_comparison
 from launch.starting import Starter
 from launch.supervisor import supervise
 from launch.table import progress_line, width_of
-from launch.terminal import CommandError, Status, did_you_mean
+from launch.terminal import CommandError, Status
 from parallel.foresight.clusters import Cluster
 from parallel.foresight.prediction import Prediction
 from parallel.foresight.prediction import predict as foretell_step
 from parallel.measure.record import environment, new_record, read_record, write_record
-from parallel.recipe import Recipe, RecipeError, check_name
+from parallel.recipe import Recipe, RecipeError, check_name, did_you_mean
 from parallel.recipe.reading import apply_overrides, read_toml, recipe_from_tables, refuse_unknown_keys
 
 

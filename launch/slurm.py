@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import launch
 from launch.folder import SUBMITTED
-from launch.terminal import CommandError, did_you_mean, printable
-from parallel.recipe import MESH_DIMS, Recipe, RecipeError, read_toml
+from launch.terminal import CommandError, printable
+from parallel.recipe import MESH_DIMS, Recipe, RecipeError, did_you_mean, read_toml
 from parallel.recipe.sections import Section, option
 
 SCRIPTS = Path(launch.__path__[0]).parent / "slurm"

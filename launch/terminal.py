@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import functools
 import math
 import os
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Self, TextIO
 
 from parallel.measure.record import CLUSTER, LABELS
-from parallel.recipe import SECTIONS, RecipeError
+from parallel.recipe import SECTIONS, RecipeError, did_you_mean
 
 LONGEST_LABEL = 1000  # characters
 STEP = re.compile(r"step +(\d+)/(\d+) +(.*)")  # a line of a rank's progress
@@ -37,11 +36,6 @@ class CommandError(ValueError):
 def printable(text: Any) -> str:
     """`text` with control characters, escape sequences and the like shown as \\x1b; records may come from anywhere."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word[:100], known, n=1, cutoff=0.7)
-    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
 
 
 class Parser(argparse.ArgumentParser):

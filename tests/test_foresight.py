@@ -69,7 +69,7 @@ TABLES: dict[str, Any] = {
     ("change", "said"),
     [
         ({"gpus": 8}, "gpus = 8: unknown key"),
-        ({"device": TABLES["device"] | {"matmul_tflop": 1}}, "did you mean device.matmul_tflops?"),
+        ({"device": TABLES["device"] | {"matmul_tflop": 1}}, "did you mean matmul_tflops?"),
         (
             {"links": TABLES["links"] | {"inside_gb_per_s": -1.0}},
             "links.inside_gb_per_s = -1.0: give a number of",

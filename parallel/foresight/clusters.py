@@ -5,10 +5,9 @@ again: parallel/measure/accelerators.toml has them by its name.
 """
 
 import dataclasses
-import difflib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, Literal
 from parallel.foresight.constants import CONSTANTS, Generation
 from parallel.foresight.price import TILE, Rates
 from parallel.measure.accelerators import ACCELERATORS, Peak, peak_flops
-from parallel.recipe import Recipe, RecipeError, read_toml
+from parallel.recipe import Recipe, RecipeError, did_you_mean, read_toml
 from parallel.recipe.sections import Section, option
 
 Origin = Literal["measured", "published", "assumed"]
@@ -263,8 +262,6 @@ def _written(value: Any) -> str:
     return json.dumps(float(f"{value:.6g}") if isinstance(value, float) else value)
 
 
-def _refuse_unknown(key: str, value: Any, known: "tuple[str, ...] | list[str]", *, prefix: str = "") -> None:
+def _refuse_unknown(key: str, value: Any, known: Sequence[str], *, prefix: str = "") -> None:
     if key not in known:
-        close = difflib.get_close_matches(str(key)[:100], known, n=1)
-        hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(known)}"
-        raise RecipeError(f"{prefix}{key}", value, f"unknown key; {hint}")
+        raise RecipeError(f"{prefix}{key}", value, f"unknown key; {did_you_mean(key, known)}")

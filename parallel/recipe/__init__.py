@@ -4,7 +4,7 @@ sections  the tables and their keys          rules  what goes with what: a Recip
 """
 
 from parallel.recipe.engine_rules import refuse_missing_packages
-from parallel.recipe.reading import apply_overrides, load_recipe, read_toml, recipe_from_tables
+from parallel.recipe.reading import apply_overrides, did_you_mean, load_recipe, read_toml, recipe_from_tables
 from parallel.recipe.rules import Recipe, check_name
 from parallel.recipe.sections import (
     MESH_DIMS,

@@ -73,21 +73,28 @@ def refuse_unknown_keys(tables: Mapping[str, Any]) -> None:
     for key, value in tables.items():
         if key not in SECTIONS and key != "name":
             kind = "section" if isinstance(value, dict) else "key"
-            raise RecipeError(key, value, f"unknown {kind}" + _did_you_mean(key, [*SECTIONS, "name"]))
+            remedy = _where(key) or f"; {did_you_mean(key, [*SECTIONS, 'name'])}"
+            raise RecipeError(key, value, f"unknown {kind}{remedy}")
     for name, cls in SECTIONS.items():
         known = [field.name for field in dataclasses.fields(cls)]
         table = tables.get(name)
         for key, value in table.items() if isinstance(table, dict) else ():
             if key not in known:
-                raise RecipeError(f"{name}.{key}", value, "unknown key" + _did_you_mean(key, known))
+                remedy = _where(key) or f"; {did_you_mean(key, known)}"
+                raise RecipeError(f"{name}.{key}", value, f"unknown key{remedy}")
 
 
-def _did_you_mean(word: str, known: Sequence[str]) -> str:
-    for section, cls in SECTIONS.items():
-        if any(word == field.name for field in dataclasses.fields(cls)):
-            return f" here; it belongs in [{section}]"
-    close = difflib.get_close_matches(str(word)[:100], known, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+def _where(key: str) -> str:
+    """What to say of one that has its place in another section; "" if it has none."""
+    sections = (name for name, cls in SECTIONS.items() if key in (field.name for field in dataclasses.fields(cls)))
+    section = next(sections, None)
+    return f" here; it belongs in [{section}]" if section else ""
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """What to say of a word that is none of the `known`."""
+    close = difflib.get_close_matches(str(word)[:100], known, n=1, cutoff=0.7)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
 
 
 def _with_preset(table: Any) -> Any:
