@@ -43,14 +43,24 @@ def wrapped_storages(resize: Wrapper) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def wrapped_shapes(propagate: Wrapper) -> Iterator[None]:
+def shapes_apart() -> Iterator[Callable[[], bool]]:
     """DTensor runs each new operator once on FakeTensors of global shape, to learn that of its result, and no dispatch
-    mode can tell them from others: within, by `propagate`.
+    mode can tell them from others: within, what this gives says whether it does so now.
     """
     from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
-    with _wrapped(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagate):
-        yield
+    running: list[bool] = []
+
+    @contextlib.contextmanager
+    def propagating() -> Iterator[None]:
+        running.append(True)
+        try:
+            yield
+        finally:
+            running.pop()
+
+    with _wrapped(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagating()):
+        yield lambda: bool(running)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import pytest
 from layouts import small_recipe
 
 from launch.cli import main
+from launch.compare import is_comparison
 from parallel.actions import Action
 from parallel.dryrun import dry_run_rank
 from parallel.foresight.clusters import load_cluster
@@ -23,7 +24,7 @@ from parallel.kinds import alike_in_pipeline
 from parallel.measure.tape import Begin, End, Event, Mark, Message, Operator, Wait
 from parallel.measure.timeline import UNITS, ideal_bubble
 from parallel.mesh import rank_at
-from parallel.recipe import SCHEDULES, Recipe, Schedule, load_recipe
+from parallel.recipe import SCHEDULES, Recipe, Schedule, load_recipe, read_toml
 from parallel.strategies.pipeline import schedule_orders
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -204,7 +205,7 @@ def test_a_walk_is_the_same_in_whatever_order_its_tapes_come() -> None:
 # ---- against the closed form ---------------------------------------------------------------------------------------
 
 SHIPPED = sorted(
-    path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.toml") if path.parent.name != "compare"
+    path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.toml") if not is_comparison(read_toml(path))
 )
 # One of each kind in CI.
 SAMPLE = (

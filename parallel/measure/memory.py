@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from parallel.measure.record import CATEGORIES
 from parallel.measure.traffic import tensors_in
 from parallel.mesh import local_part
-from parallel.torch_private import wrapped_shapes, wrapped_storages
+from parallel.torch_private import shapes_apart, wrapped_storages
 
 WRAPPERS = (DTensor, AsyncCollectiveTensor)  # their operators work on the tensors inside, which hold the memory
 
@@ -67,7 +67,6 @@ class MemoryTracker(TorchDispatchMode):
         self._freed: deque[_Storage] = deque()  # a storage may die on any thread, and append is atomic
         self._at_entry: list[tuple[_Storage, int]] = []
         self._changes: list[tuple[_Storage, int]] = []  # in time: bytes that a storage gained or lost
-        self._shapes_only = False
         self._watching = contextlib.ExitStack()
 
     def peak(self) -> dict[str, int]:
@@ -89,7 +88,7 @@ class MemoryTracker(TorchDispatchMode):
             self._watching.callback(before.remove)
             self._watching.callback(after.remove)
         self._watching.enter_context(wrapped_storages(self._resizing))
-        self._watching.enter_context(wrapped_shapes(self._of_shapes()))
+        self._of_shapes = self._watching.enter_context(shapes_apart())
         super().__enter__()
         return self
 
@@ -109,7 +108,7 @@ class MemoryTracker(TorchDispatchMode):
             return args[0]  # on FakeTensors it would make a new one; on real ones it gives back what it was given
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if self._shapes_only:
+        if self._of_shapes():
             return result
         self._bury()
         # torch.tensor makes its storage out of sight, and then shows it to lift_fresh.
@@ -190,14 +189,6 @@ class MemoryTracker(TorchDispatchMode):
             return result
 
         return resize
-
-    @contextlib.contextmanager
-    def _of_shapes(self) -> Iterator[None]:
-        self._shapes_only = True
-        try:
-            yield
-        finally:
-            self._shapes_only = False
 
 
 def _make_other(storages: Sequence[_Storage | None]) -> None:

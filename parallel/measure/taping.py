@@ -34,7 +34,7 @@ from parallel.measure.traffic import (
     ranks_of,
     tensors_in,
 )
-from parallel.torch_private import told_of_streams, wrapped_shapes
+from parallel.torch_private import shapes_apart, told_of_streams
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm: ("self", "mat2"), aten.bmm: ("self", "mat2"), aten.addmm: ("mat1", "mat2")}
@@ -75,12 +75,11 @@ class _Mode(TorchDispatchMode):
         self._streams = {id(torch.cpu.current_stream()): 0}  # FSDP2 keeps those that it makes
         self._under_way: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}  # results of messages
         self._updates = False  # the gradients are done
-        self._shapes_only = False
         self._watching = contextlib.ExitStack()
 
     def __enter__(self) -> "_Mode":
         self._watching.enter_context(told_of_streams(mark=self._mark, wait=self._wait))
-        self._watching.enter_context(wrapped_shapes(self._of_shapes()))
+        self._of_shapes = self._watching.enter_context(shapes_apart())
         super().__enter__()
         return self
 
@@ -95,7 +94,7 @@ class _Mode(TorchDispatchMode):
             return NotImplemented
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if self._shapes_only:
+        if self._of_shapes():
             return result
         if carries(func):
             self._message(func, by_name(func, args, kwargs), result)
@@ -104,14 +103,6 @@ class _Mode(TorchDispatchMode):
         elif func.namespace in ("aten", "fsdp", cuda_kernels.NAMESPACE) and func._opname not in NOTHING:
             self._operator(func, args, kwargs, result)
         return result
-
-    @contextlib.contextmanager
-    def _of_shapes(self) -> Iterator[None]:
-        self._shapes_only = True
-        try:
-            yield
-        finally:
-            self._shapes_only = False
 
     # ---- operators ----
 
