@@ -123,7 +123,7 @@ def test_one_rank_has_no_links_and_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("constants", "said"), [({"wafe": 1.0}, "constants.wave?"), ({"wave": 0}, "as 1.1"), (3, "section")]
+    ("constants", "said"), [({"wafe": 1.0}, "did you mean wave?"), ({"wave": 0}, "as 1.1"), (3, "section")]
 )
 def test_wrong_factors_are_refused(constants: Any, said: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
