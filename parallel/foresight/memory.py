@@ -1,14 +1,15 @@
 """What the fullest rank of a layout holds, in a closed form: to search by. The dry run has it to the byte.
 
 By default as this lab trains on a GPU: float32 weights, gradients and both moments of AdamW; activations tensor by
-tensor; the logits. Held against dry runs in tests/test_foresight.py. `Keeping` says the same of
-other programs; benchmarks/published.py holds it against what they have published.
+tensor; the logits. Held against dry runs in tests/test_foresight.py. `Keeping` says the same of other programs;
+benchmarks/published.py holds it against what they have published.
 """
 
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from parallel.foresight.operators import repeats_keys
 from parallel.foresight.workload import Number, Workload
 
 
@@ -66,7 +67,7 @@ def _rank_bytes(w: Workload, k: Keeping, *, first: Number, last: Number) -> Numb
     split = np.where(w.sequence_parallel == 1, w.tp, 1)
     stream = w.d_model * e / split
     heads = w.n_heads * w.head_dim / w.tp
-    keys = np.where(k.repeats_keys & (np.asarray(e) == 4), heads, w.n_kv_heads * w.head_dim / w.tp)
+    keys = np.where(k.repeats_keys & (repeats_keys(w) == 1), heads, w.n_kv_heads * w.head_dim / w.tp)
     whole = tokens * w.d_model * (k.residual * e + k.in_float32)
     gathered = np.where(w.tp > 1, 0 if k.gathers_again else 2 * e * tokens * w.d_model, 0)
     hidden = 2 * (w.n_mlp_matrices - 1) * w.d_ff / w.tp  # each product's result, and what the activation makes of it

@@ -29,7 +29,7 @@ def own_operators(w: Workload) -> Operators:
     exchanges = w.all_to_all * (w.cp > 1)
     once = 1 * (w.n_microbatches > 1) * (w.recomputes == 0) * half * (1 - sharded)  # weights are cast once a step
 
-    grouped = _repeats_keys(w)
+    grouped = repeats_keys(w)
 
     computes = 53 + 8 * grouped + half * np.where(sharded == 1, 4, 13) + (18 + 14 * w.sequence_parallel) * tp
     computes = computes + ring * (14 + 15 * (w.cp - 1)) + gathers * 50 + exchanges * 22 + 24 * (1 - w.flash)
@@ -76,7 +76,7 @@ def own_bytes(w: Workload, *, tokens: Number) -> Bytes:
         + (1 - sharded) * 6 * half
         + added,
     )
-    repeats = 8 * _repeats_keys(w)
+    repeats = 8 * repeats_keys(w)
     forward = 10 * e * resident + copies + (28 + 12 * half + repeats) * turned + 5 * e * hidden
     backward = 16 * e * resident + 9 * e * stream + copies + (36 + 12 * half + repeats) * turned + 9 * e * hidden
     # A ring adds up in float32 what each piece gives: of the first for all queries, of the others for half of them.
@@ -92,7 +92,7 @@ def own_bytes(w: Workload, *, tokens: Number) -> Bytes:
     return Bytes(forward + weights * of_weight[0], again, backward + weights * of_weight[1], ends)
 
 
-def _repeats_keys(w: Workload) -> Number:
+def repeats_keys(w: Workload) -> Number:
     """1 where keys and values are repeated for each head: transformer.repeated_for_cuda."""
     attends_whole = (np.asarray(w.cp) == 1) | (np.asarray(w.all_to_all) == 1)
     return 1 * (np.asarray(w.element_bytes) == 4) * (w.n_kv_heads < w.n_heads) * attends_whole
