@@ -186,7 +186,7 @@ def _on_cpu(variant: Variant) -> Variant:
     recipe = variant.recipe
     if recipe is None or recipe.train.device != "auto":
         return variant
-    return replace(variant, recipe=replace(recipe, train=replace(recipe.train, device="cpu")))
+    return replace(variant, recipe=recipe.on("cpu"))
 
 
 def visible_gpus() -> int:

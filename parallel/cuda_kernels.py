@@ -32,29 +32,25 @@ def cuda_kernels() -> Iterator[None]:
         yield
 
 
-def _kernel(name: str) -> Callable[[Callable[..., Any]], Any]:
+def _kernel(makes: Callable[..., Any]) -> Any:
     """An operator of fake tensors alone, by a function that gives what it makes."""
-
-    def define(makes: Callable[..., Any]) -> Any:
-        operator = torch.library.custom_op(f"{NAMESPACE}::{name}", makes, mutates_args=())
-        operator.register_fake(makes)
-        return operator
-
-    return define
+    operator = torch.library.custom_op(f"{NAMESPACE}::{makes.__name__.strip('_')}", makes, mutates_args=())
+    operator.register_fake(makes)
+    return operator
 
 
-@_kernel("rms_norm")
+@_kernel
 def _rms_norm(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
-@_kernel("rms_norm_backward_input")
-def _backward_input(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+@_kernel
+def _rms_norm_backward_input(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-@_kernel("rms_norm_backward_weight")
-def _backward_weight(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+@_kernel
+def _rms_norm_backward_weight(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     return torch.empty_like(weight)
 
 
@@ -64,7 +60,7 @@ def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
     kept = ctx.saved_tensors  # to be asked for once: what is computed again is then gone
-    return _backward_input(grad, *kept), _backward_weight(grad, *kept)
+    return _rms_norm_backward_input(grad, *kept), _rms_norm_backward_weight(grad, *kept)
 
 
 _rms_norm.register_autograd(_backward, setup_context=_keep)

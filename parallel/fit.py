@@ -1,6 +1,5 @@
 """Does a recipe fit into memory? A dry run of each kind of rank tells."""
 
-import dataclasses
 from collections.abc import Callable
 
 from parallel.dryrun import measure_each
@@ -23,7 +22,7 @@ def refuse_too_large(recipe: Recipe, *, memory_bytes: int, given: str, say: Call
     given: what the user wrote for memory_bytes. Raises RecipeError for the first rank for which it is not enough.
     """
     if recipe.train.device == "auto":
-        recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, device="cuda"))
+        recipe = recipe.on("cuda")
     fullest: dict[str, int] = {"peak_bytes": 0}
     for rank, measures in measure_each(recipe, list(distinct_ranks(recipe)), say):
         memory = measures.memory

@@ -88,9 +88,6 @@ def process_group(recipe: Recipe) -> Iterator[tuple[torch.device, str | None]]:
         store, rank = _rendezvous(timeout)
     device, unused = choose_device(recipe, dist.PrefixStore("devices", store) if store else None)
     on_cuda = device.type == "cuda"
-    # With its device a group has all its messages on one stream, where what a stage waits for holds up what it sends:
-    # of a pipeline each pair of neighbours has a communicator of its own (pytorch/pytorch#175712).
-    all_on_one_stream = on_cuda and recipe.parallel.pp == 1
     if on_cuda:
         torch.cuda.set_device(device)
     else:
@@ -101,7 +98,9 @@ def process_group(recipe: Recipe) -> Iterator[tuple[torch.device, str | None]]:
         rank=rank,
         world_size=recipe.world_size,
         timeout=timeout,
-        device_id=device if all_on_one_stream else None,
+        # Told its device, a group has all its messages on one stream, where what a stage waits for holds up what it
+        # sends: of a pipeline each pair of neighbours has a communicator of its own (pytorch/pytorch#175712).
+        device_id=device if on_cuda and recipe.parallel.pp == 1 else None,
     )
     try:
         yield device, unused

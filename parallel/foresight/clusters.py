@@ -108,13 +108,9 @@ class Cluster:
     # calibrate found.
     constants: Mapping[str, float] = field(default_factory=dict)
 
-    @property
-    def device_type(self) -> Literal["cpu", "cuda"]:
-        return "cpu" if self.accelerator == "cpu" else "cuda"
-
     def would_run(self, recipe: Recipe) -> Recipe:
         """The same, on such devices."""
-        return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, device=self.device_type))
+        return recipe.on("cpu" if self.accelerator == "cpu" else "cuda")
 
     def peak(self, dtype: str) -> Peak:
         """Of one rank's device. On a CPU its best product is the peak, as in a measured run."""

@@ -118,7 +118,7 @@ def _choice(recipe: Recipe, cluster: Cluster) -> Choice:
 
 
 def _peak_bytes(work: Workload, cluster: Cluster) -> Number:
-    return peak_bytes(work, ON_CPU if cluster.device_type == "cpu" else LAB)
+    return peak_bytes(work, ON_CPU if cluster.accelerator == "cpu" else LAB)
 
 
 def _tied(choices: Sequence[Choice], cluster: Cluster) -> list[Choice]:

@@ -2,8 +2,8 @@
 
 import math
 import re
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 from parallel.recipe.engine_rules import check_engine
 from parallel.recipe.sections import DATA_KEYS, RecipeError, Sections
@@ -20,6 +20,10 @@ class Recipe(Sections):
             *(_check_recompute, _check_split_backward, _check_compile, _check_data, check_engine),
         ):
             check(self)
+
+    def on(self, device: Literal["cpu", "cuda"]) -> Self:
+        """The same, with that train.device."""
+        return replace(self, train=replace(self.train, device=device))
 
 
 def check_name(key: str, name: Any) -> None:
