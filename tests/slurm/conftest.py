@@ -1,6 +1,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from lab import Lab
@@ -10,10 +11,22 @@ from testbed import Testbed, missing
 @pytest.fixture(scope="session")
 def testbed() -> Iterator[Testbed]:
     if programs := missing():
-        reason = f"needs {', '.join(programs)} (apt-get install slurmctld slurmd slurm-client munge iproute2)"
-        (pytest.fail if os.environ.get("REQUIRE_SLURM") else pytest.skip)(reason)
+        _lacks(f"{', '.join(programs)} (apt-get install slurmctld slurmd slurm-client munge iproute2)")
     with Testbed() as testbed:
         yield testbed
+
+
+@pytest.fixture(scope="session")
+def testbed_of_hosts(testbed: Testbed) -> Testbed:
+    """The same, where ranks of two nodes can meet."""
+    if not testbed.has_hosts:
+        _lacks("namespaces, as root of a machine has them (unshare --net): nodes with names of their own")
+    return testbed
+
+
+def _lacks(what: str) -> NoReturn:
+    """A user's machine may; where CI runs, it is an error."""
+    (pytest.fail if os.environ.get("REQUIRE_SLURM") else pytest.skip)(f"needs {what}")
 
 
 @pytest.fixture
@@ -24,10 +37,7 @@ def slurm(testbed: Testbed) -> Iterator[Testbed]:
 
 
 @pytest.fixture
-def hosts(slurm: Testbed) -> Testbed:
-    """The same, where ranks of two nodes can meet."""
-    if not slurm.has_hosts:
-        pytest.skip("needs namespaces, as root of a machine has them (unshare --net): nodes with names of their own")
+def hosts(testbed_of_hosts: Testbed, slurm: Testbed) -> Testbed:
     return slurm
 
 

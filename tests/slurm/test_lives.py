@@ -13,11 +13,9 @@ SAVING = ("--set", f"train.steps={STEPS}", "--set", "checkpoint.every=10", "--se
 
 
 @pytest.fixture(scope="module")
-def losses(testbed: Testbed, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+def losses(testbed_of_hosts: Testbed, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """Of a run that nobody interrupts."""
-    if not testbed.has_hosts:
-        pytest.skip("needs namespaces")
-    lab = Lab(testbed, tmp_path_factory.mktemp("whole"))
+    lab = Lab(testbed_of_hosts, tmp_path_factory.mktemp("whole"))
     lab.submit("small.toml", *SAVING)
     lab.until("runs/small", ended)
     steps = read_steps(lab.folder / "runs/small/steps.jsonl")
