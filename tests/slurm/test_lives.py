@@ -47,14 +47,17 @@ def test_an_early_warning_saves_the_run_and_queues_it_again(lab: Lab, losses: li
     lab.site(f'launcher = "{launcher}"')
     job = lab.submit("small.toml", *SAVING)["job"]
     n_lives = 3 if launcher == "srun" else 2
+    reached = 6
     for life in range(1, n_lives):
-        lab.until("runs/small", past(8 * life))
+        lab.until("runs/small", past(reached + 2))  # two of this life's own: of a new one the last one's are seen
         lab.slurm("scancel", "--batch", "--signal=USR1", job)
-        lab.until("runs/small", lambda rows, life=life: rows[0]["requeued"] == life)
+        [row] = lab.until("runs/small", lambda rows, life=life: rows[0]["requeued"] == life)
+        reached = row["step"]
     [row] = lab.until("runs/small", ended)
     assert row["state"] == "done" and row["requeued"] == n_lives - 1, lab.log("runs/small")
     whole(lab, losses, lives=n_lives)
     assert lab.log("runs/small").count(f"job {job}: 2 ranks on each of 2 nodes") == n_lives  # the log is one
+    assert "not queued again" not in lab.log("runs/small")
 
 
 @pytest.mark.long
