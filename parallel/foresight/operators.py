@@ -38,11 +38,13 @@ def own_operators(w: Workload) -> Operators:
     backward = 98 + 7 * grouped + half * np.where(sharded == 1, 8, 13) + 10 * tp + 6 * sp
     backward = backward + 13 * passes[1] + 12 * passes[2]
     backward = backward + ring * (24 + 22 * (w.cp - 1)) + gathers * 76 + exchanges * 22 + 32 * (1 - w.flash)
-    backward = backward + again + 18 * w.splits_backward - 17 * replicas
+    backward = backward + again + 25 * w.splits_backward - 17 * replicas
     ends = 36 + 10 * half + 25 * passes[2] + 46 * tp * w.loss_parallel + 28 * tp * (1 - w.loss_parallel) + 10 * sp
     ends = ends + 24 * (w.loss_chunks - 1)
-    dtensors = 1 * (sharded + tp > 0)
     layers = w.n_layers / w.pp
+    # The first stage, whose inputs need no gradient, is not cut; in a V the rank that has the output has it, too.
+    ends = np.maximum(0, ends + w.splits_backward * (7 - w.folded * 25 * layers / 2))
+    dtensors = 1 * (sharded + tp > 0)
     step = 20 + 15 * dtensors + layers * (27 + 45 * dtensors + 18 * w.buckets - 9 + 7 * once + 18 * replicas)
     return Operators(forward, backward, ends, step)
 
