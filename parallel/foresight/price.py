@@ -23,6 +23,7 @@ COMPUTE, COMMUNICATION = PARTS[:5], PARTS[5:9]
 TILE = 128 * 128  # elements of a product that one multiprocessor makes at a time
 LINK_HOP_SECONDS = 2e-6  # of a ring within a node, NCCL's own table (src/graph/tuning.cc, LL128)
 RING_HIDDEN = 0.95  # of a ring's messages, while attention computes
+FUSED = 0.7  # of the bytes between products, where residual and norm are one kernel, activation and gate another
 STREAMS = 0.8  # of a memory's bandwidth, that reading and writing in order reaches
 BACKWARD_LAUNCHES = 1.6  # of a block's backward, in those of its forward, in programs that are not the lab's own
 FIXED_SECONDS = 1e-3  # of a step: reading a batch, the norm, the host
@@ -223,7 +224,7 @@ def _strategy_launches(w: Workload, r: Rates, k: Constants, *, groups: Number) -
 
 def operator_share(r: Rates, k: Constants, *, compiled: Number) -> Number:
     """Bytes between products that pass through memory, of those that operators read and write."""
-    return np.where(compiled == 1, np.minimum(r.operator_share, 1.0), r.operator_share * k["operators"])
+    return np.where(compiled == 1, np.minimum(r.operator_share, FUSED), r.operator_share) * k["operators"]
 
 
 def product(
