@@ -144,7 +144,7 @@ def run_of(row: Mapping[str, str]) -> Run:
             layout["backward_gathers"] *= 1 + how["again_products"]
     except RecipeError as error:  # a figure that no cluster can have
         raise Refused(str(error)) from None
-    if said["sp"] == "" and cluster.software.profile == "megatron-core":
+    if said["sp"] == "" and cluster.software.profile in ("megatron-core", "nanotron"):  # their default
         layout["sequence_parallel"] = 1
     work = Workload(**shape, **layout, **how)
     generation = cluster.device.generation
@@ -254,7 +254,8 @@ def _layout(
         "sequence_parallel": int(said["sp"] in TRUE),
         # An output that costs more than a layer and a half is not put on top of as many layers as others have.
         "even_stages": int(
-            shape["n_layers"] % (pp * chunks) == 0 and shape["vocab_size"] * shape["d_model"] < 1.5 * block
+            shape["n_layers"] % (pp * chunks) == 0
+            and (not _any_of(said["source"], "nanotron") or shape["vocab_size"] * shape["d_model"] < 1.5 * block)
         ),
         "bubble": idle,
         "in_flight": flies,

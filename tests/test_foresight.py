@@ -188,9 +188,9 @@ def test_messages_by_hand() -> None:
 
 
 def test_a_ring_goes_through_all_ranks_by_hand() -> None:
-    """An all-gather of next to nothing: 16 ranks of two nodes pass it on 14 times within a node and once between."""
+    """An all-gather of next to nothing: of 16 ranks of two nodes each passes on 15 times, and waits for the slowest."""
     link = Links(H100.rates("bfloat16"), values_of("hopper"))
-    assert float(link.gather(0.0, ranks=16, stride=1)) == pytest.approx(60e-6 + 14 * 2e-6 + 4e-6)
+    assert float(link.gather(0.0, ranks=16, stride=1)) == pytest.approx(60e-6 + 15 * 4e-6)
     assert float(link.gather(0.0, ranks=8, stride=1)) == pytest.approx(41e-6 + 7 * 2e-6)
 
 
@@ -540,6 +540,26 @@ def test_three_runs_of_a_source_correct_the_others(tmp_path: Path) -> None:
 
     assert error() == pytest.approx(100 * (1 - 1 / 1.3), rel=0.01)
     assert error("--calibrate-on", "3") < 5
+
+
+def test_what_a_row_says_of_its_messages_and_8_bits_counts(tmp_path: Path) -> None:
+    ours = LLAMA | dict(source="torchtitan", n_gpus="8192", precision="fp8", compile="yes", dp_kind="fsdp", pp="1")
+    of = {
+        "16 bits": ours | dict(precision="bf16"),
+        "8 bits": ours,
+        "by rows": ours | dict(notes="fp8-rowwise"),
+        "async": ours | dict(notes="AsyncTP"),
+        "hidden": LLAMA | dict(source="Megatron", compile="no (TransformerEngine)", n_gpus="8192"),
+        "open": LLAMA
+        | dict(source="Megatron", compile="no (TransformerEngine)", n_gpus="8192", notes="ALL overlap disabled"),
+    }
+    out = tmp_path / "predictions.csv"
+    done = published(tmp_path, *(row | dict(id=name) for name, row in of.items()), options=("--predictions", str(out)))
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(",") for line in out.read_text().splitlines()[1:]]
+    seconds = {row[0]: float(row[2]) for row in rows}
+    assert seconds["8 bits"] < seconds["by rows"] < seconds["16 bits"]
+    assert seconds["async"] < seconds["8 bits"] and seconds["hidden"] < seconds["open"]
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:

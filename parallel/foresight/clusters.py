@@ -47,7 +47,9 @@ class Links(Section):
         0.0, "one rank's share of the node's network, each way, 10^9 bytes/s", minimum=0.001
     )
     across_us: float = option(60.0, "between nodes, microseconds", minimum=0)
-    across_hop_us: float = option(4.0, "more for each node on the way, as NCCL's table has it", minimum=0)
+    across_hop_us: float = option(
+        4.0, "of each step of a ring between nodes, or level of a tree, as NCCL's table has it", minimum=0
+    )
     origin: Origin = option("assumed", "where these are from")
     source: str = option("", "the same in words")
 

@@ -42,7 +42,7 @@ class Rates:
     inside_ranks: Number = 0  # among how many, where that grows with them, as on CPUs; 0: where it does not
     across_bytes_per_s: Number  # of one rank's share of its node's network
     across_seconds: Number
-    across_hop_seconds: Number = 4e-6  # more for each node on the way
+    across_hop_seconds: Number = 4e-6  # of each step of a ring that spans nodes, and of each level of a tree
     attention_gain: Number  # of its fused attention over kernels of the second generation
     attention_tokens: Number = 512  # of a sequence at which that reaches half its rate
     launch_seconds: Number  # of the host, for each kernel
@@ -450,7 +450,8 @@ class Links:
     def _once_round(self, n_bytes: Number, starts: Number, *, ranks: Number, stride: Number, calls: Number) -> Number:
         _, nodes, rate = self._group(ranks, stride)
         start = starts * self._start(ranks, nodes)
-        hops = LINK_HOP_SECONDS * (ranks - nodes) + self._r.across_hop_seconds * (nodes - 1)
+        # At each step all ranks pass something on: it takes as long as the slowest of their links.
+        hops = np.where(nodes > 1, self._r.across_hop_seconds, LINK_HOP_SECONDS) * (ranks - 1)
         return np.where(ranks > 1, n_bytes * (ranks - 1) / ranks / rate + calls * (start + hops), 0)
 
     def all_reduce(self, n_bytes: Number, *, ranks: Number, stride: Number, calls: Number = 1) -> Number:
