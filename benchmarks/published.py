@@ -721,7 +721,28 @@ def _percent(*shares: float) -> list[str]:
 
 def _too_large(runs: Sequence[Run], gib: Array, *, part: float = ROOM) -> int:
     """How many of these need more than a part of their accelerator's memory: by default, as `lab plan` judges it."""
-    return int((gib > part * np.array([run.memory_gib for run in runs])).sum())
+    return int(_are_too_large(runs, gib, part=part).sum())
+
+
+def _are_too_large(runs: Sequence[Run], gib: Array, *, part: float = ROOM) -> Any:
+    return gib > part * np.array([run.memory_gib for run in runs])
+
+
+def has_an_empty_stage(run: Run) -> bool:
+    """A stage of its pipeline would have no block, at which the program ends.
+
+    Nanotron gives each stage blocks until their products are more than an equal share of all. Behind the output come
+    two blocks without any, a cast and the loss, which may have a stage each. Other programs want a layer for each.
+    """
+    w = run.workload
+    stages = w.pp * w.stages_per_rank
+    if "nanotron" not in run.source.lower():
+        return bool(stages > w.n_layers)
+    done = np.cumsum([*[w.block_parameters] * int(w.n_layers), w.vocab_size * w.d_model, 0, 0])
+    full = 0
+    for products in done[:-1]:  # the last block is wherever it comes
+        full += int(products > done[-1] * (full + 1) / stages)
+    return bool(full + 1 < stages)
 
 
 def main() -> None:
@@ -758,6 +779,12 @@ def main() -> None:
             print(f"failed: {_too_large(failed, gib)} are too large, inputs {way}")
         small = len(failed) - _too_large(failed, needs["kept"], part=0.5)
         print(f"failed: {small} need less than half of the memory either way")
+        sources = {run.source for run in failed}
+        for name, group in (("failed", failed), ("ran", [run for run in runs if run.source in sources])):
+            large = _are_too_large(group, foretold_gib(group)["kept"])
+            empty = ~large & np.array([has_an_empty_stage(run) for run in group])
+            print(f"{name}: {large.sum() + empty.sum()} of {len(group)} would be refused: {large.sum()} are too large,")
+            print(f"{name}: inputs kept, and {empty.sum()} others have a stage of the pipeline with no block")
         refused.update(not_read)
     for (source, reason), n in sorted(refused.items()):
         print(f"refused: {n} of {source or 'no source'}: {reason}")

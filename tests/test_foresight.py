@@ -542,6 +542,20 @@ def test_three_runs_of_a_source_correct_the_others(tmp_path: Path) -> None:
     assert error("--calibrate-on", "3") < 5
 
 
+def test_a_pipeline_with_a_stage_that_has_no_block_is_refused(tmp_path: Path) -> None:
+    """16 layers and an output of four layers' size, by hand: 16 stages take two layers each now and then, the output
+    is the thirteenth's, the cast and the loss have one each, and the sixteenth has nothing. Of eight each has some.
+    """
+    row = NARAYANAN | dict(
+        source="nanotron", n_layers="16", d_model="2048", n_heads="32", d_ff="8192", mlp_kind="swiglu", vocab="131072",
+        tp="1", micro_batch="1", global_batch="64", pp_schedule="1f1b", measured_step_s="1",
+    )  # fmt: skip
+    for source, stages, refused in (("nanotron", 8, 0), ("nanotron", 16, 1), ("other", 16, 0), ("other", 32, 1)):
+        one = row | dict(source=source, pp=str(stages), n_gpus=str(stages))
+        out = published(tmp_path, one, options=("--failed", str(tmp_path / "runs.csv"))).stdout
+        assert f"{refused} others have a stage of the pipeline with no block" in out, (source, stages)
+
+
 def test_what_a_row_says_of_its_messages_and_8_bits_counts(tmp_path: Path) -> None:
     ours = LLAMA | dict(source="torchtitan", n_gpus="8192", precision="fp8", compile="yes", dp_kind="fsdp", pp="1")
     of = {
