@@ -52,9 +52,14 @@ HARDWARE = (
 TDP_WATTS = {"h100": 700, "h200": 700, "a100": 400, "b200": 1000}  # of those above; a row may state a lower limit
 # Ways in which some of these are built: of an H100's or A100's best product, and 10^9 bytes/s in a node.
 PCIE_SHARE, PCIE_GB_PER_S = 0.8, 25.0
+SXM3_SHARE = (350 / 300) ** 0.4  # V100s of 350 W, where those of the catalogue have 300
 SLOWER_LINKS = {"H800": 180.0, "A800": 140.0}
 EFA_HOP_US = 40.0  # by all-reduces of next to nothing on 2 and 4 nodes: 130 and 418 us (nccl-tests of p5 and p6)
 DEFAULT_VOCABULARY = 51200  # of GPT-2's tokens, padded; a row that does not say is nearly always of these
+
+# Programs that sum gradients as they come, in bfloat16: InternEvo's and Colossal-AI's ZeRO by their code, NeMo by its
+# configurations' grad_sync_dtype.
+GRADIENTS_IN_16_BITS = ("internevo", "colossal", "mlperf", "nemo")
 
 # What an unknown of each kind adds to the standard deviation of log seconds: set by hand, by how much choices differ.
 DOUBTS = {
@@ -241,6 +246,7 @@ def _layout(
         doubts.append("offload")
     replicas = max(1.0, dp / cluster.ranks_per_node) if "hsdp" in kind else 1.0
     chunks, idle, flies = _pipeline(row, said, pp=pp, m=m, doubts=doubts) if pp > 1 else (1.0, 1.0, 1.0)
+    in_16_bits = said["precision"] in ("fp16", "float16") or _any_of(said["source"], *GRADIENTS_IN_16_BITS)
     each = gathers and pp == 1  # a pipeline gathers weights once, and reduces gradients once
     return {
         "pp": pp,
@@ -265,7 +271,7 @@ def _layout(
         "reduce_scatters": m if each else int(sharded),
         "all_reduces": int(replicas > 1 or (not sharded and dp * cp > 1)),
         "overlaps_data": int(gathers or not sharded or not _any_of(said["source"], "nanotron")),  # ZeRO-1 after a step
-        "gradient_bytes": 2 if said["precision"] in ("fp16", "float16") else 4,
+        "gradient_bytes": 2 if in_16_bits else 4,
         "weight_bytes": 1 if gathers and _travels_in_8_bits(said) else 2,
         "ring": int(not _any_of(said["cp_kind"], "a2a", "ulysses", "all-to-all")),
         "all_to_all": int(_any_of(said["cp_kind"], "a2a", "ulysses", "all-to-all")),
@@ -417,6 +423,8 @@ def _cluster(row: Mapping[str, str], doubts: list[str]) -> Cluster:
     elif "power" in hardware.lower():
         share = 0.5**0.4  # a limit that is not told, but slows: as if it were half
         doubts.append("limited power")
+    if "SXM3" in hardware.upper():
+        share = SXM3_SHARE
     if "PCIE" in hardware.upper():
         share, links = share * PCIE_SHARE, dataclasses.replace(links, inside_gb_per_s=PCIE_GB_PER_S)
         doubts.append("power")
