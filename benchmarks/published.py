@@ -153,7 +153,8 @@ def run_of(row: Mapping[str, str]) -> Run:
         layout["sequence_parallel"] = 1
     work = Workload(**shape, **layout, **how)
     generation = cluster.device.generation
-    program = tuple(said[key] for key in ("hardware", "interconnect", "attention", "precision", "compile"))
+    ways = [word for word in ("rowwise", "asynctp") if word in said["notes"]]
+    program = (*(said[key] for key in ("hardware", "interconnect", "attention", "precision", "compile")), *ways)
     run = Run(row.get("id", ""), row.get("source", ""), work, rates, cluster.name, generation, program, doubts)
     run.model_flops = work.model_flops_per_token * work.tokens
     run.peak_flops = PEAKS.get(cluster.name) or cluster.peak("bfloat16").flops
@@ -327,7 +328,7 @@ def _kernels(
         "again_attention": of_attention,
         "again_rest": rest,
         "recomputes": rest,
-        "saves_products": int(rest > 0 and products == 0),
+        "saves_products": 1 - products / rest if rest > 0 and of_attention == 0 else 0,
         "saves_attention": int(rest > 0 and of_attention == 0),
         "fp8": int(_any_of(said["precision"], "fp8", "float8")),
         "compiled": int(said["compile"].startswith(("yes", "true", "torch.compile", "inductor"))),
