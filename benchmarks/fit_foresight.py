@@ -32,6 +32,8 @@ def usable(run: Run) -> bool:
     """Fitted to: what says enough, and was not hindered by something that no formula here has."""
     if run.measured_seconds is None or {"layout", "offload", "limited power", "precision"} & set(run.doubts):
         return False
+    if run.rates.gather_bytes != 1:  # DeepSpeed's ZeRO-3: what its messages take was set by these very rows
+        return False
     mfu = run.model_flops / (run.measured_seconds * run.workload.world_size * (run.peak_flops or np.inf))
     return bool(mfu > 0.1 and run.workload.tp <= run.rates.node_ranks)
 
