@@ -162,7 +162,7 @@ def test_what_is_asked_wrongly_is_one_line(tmp_path: Path, capsys: pytest.Captur
     ("change", "words"),
     [
         (dict(model_type="qwen2"), "config.json: model_type = 'qwen2': this model has 'llama'"),
-        (dict(attention_bias=True), "attention_bias = True"),
+        (dict(attention_bias=True), "attention_bias = true"),
         (dict(hidden_act="gelu"), "hidden_act = 'gelu'"),
         (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "rope_type = 'llama3'"),
         (dict(quantization_config={}), "quantization_config"),

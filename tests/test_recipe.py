@@ -64,7 +64,7 @@ REFUSED = [
     ("track.wandb = 'on'", "track.wandb = 'on'", "choose off, offline, online"),
     ("checkpoint.every = -1", "checkpoint.every = -1: ", "at least 0"),
     ("checkpoint.keep = 0", "checkpoint.keep = 0: ", "at least 1"),
-    ("checkpoint.async = true", "checkpoint.async = True: ", "unknown key"),
+    ("checkpoint.async = true", "checkpoint.async = true: ", "unknown key"),
     ("steps = 5", "steps = 5", "unknown key here; it belongs in [train]"),
     ("nmae = 'x'", "nmae = 'x'", "did you mean name?"),
     ("train.step = 5", "train.step = 5", "unknown key; did you mean steps?"),
@@ -82,7 +82,7 @@ REFUSED = [
     ("name = 'a b'", "name = 'a b'", "use letters, digits"),
     ('name = "a\\n"', "name = 'a\\n'", "use letters, digits"),
     ("name = 5", "name = 5", "use letters, digits"),
-    (f"name = '{'a' * 101}'", "name = 'aaa", "use letters, digits"),
+    (f"name = '{'a' * 101}'", "name = 'aaa", "at most 100"),
     # a section that is none
     ("train = 5", "train = 5", "is a section; write [train] with keys below it"),
     ("model = 'tiny'", "model = 'tiny'", "is a section; write [model]"),
@@ -90,16 +90,18 @@ REFUSED = [
     # wrong types
     ("train.steps = '5'", "train.steps = '5'", "give a whole number"),
     ("train.steps = 5.0", "train.steps = 5.0", "give a whole number"),
-    ("train.steps = true", "train.steps = True", "give a whole number"),
+    ("train.steps = true", "train.steps = true", "give a whole number"),
     ("train.steps = [5]", "train.steps = [5]", "give a whole number"),
     ("train.steps = {}", "train.steps = {}", "give a whole number"),
     ("train.steps = 2026-01-01", "train.steps = datetime.date(2026, 1, 1)", "give a whole number"),
     ("train.learning_rate = '1e-3'", "train.learning_rate = '1e-3'", "give a number"),
-    ("train.learning_rate = false", "train.learning_rate = False", "give a number"),
+    ("train.learning_rate = false", "train.learning_rate = false", "give a number"),
     ("train.parity = 1", "train.parity = 1", "give true or false"),
     ("train.parity = 'yes'", "train.parity = 'yes'", "give true or false"),
-    ("train.dtype = 32", "train.dtype = 32", "give a string in quotes"),
-    ("model.preset = 8", "model.preset = 8", "give a string in quotes"),
+    ("train.dtype = 32", "train.dtype = 32", "choose float32, bfloat16, float64"),
+    ("model.preset = 8", "model.preset = 8", "choose tiny, small"),
+    ("track.wandb = true", "track.wandb = true", "choose off, offline, online"),
+    ("data.source = 'tokens'; data.path = 5", "data.path = 5", "give a string in quotes"),
     ("data.source = 'files'; data.files = 'a.txt'", "data.files = 'a.txt'", 'give a list of strings, as in ["a", "b"]'),
     ("data.source = 'files'; data.files = [1]", "data.files = [1]", "give a list of strings"),
     ("recompute.save = [['matmul']]", "recompute.save = [['matmul']]", "give a list of strings"),
@@ -156,7 +158,7 @@ REFUSED = [
     ("model.preset = 'none'", "model.preset = 'none'", "give n_layers, d_model, n_heads, vocab_size too"),
     (SHAPE, "model.preset = 'none'", "without a preset give n_heads too"),
     (SHAPE + "; model.n_heads = 0", "model.n_heads = 0", "give a whole number of at least 1"),
-    (SHAPE + "; model.n_heads = true", "model.n_heads = True", "give a whole number"),
+    (SHAPE + "; model.n_heads = true", "model.n_heads = true", "give a whole number"),
     # batch
     (
         "parallel.dp_shard = 3",
@@ -233,7 +235,7 @@ REFUSED = [
     ),
     (
         "parallel.pp = 2; parallel.dp_shard = 2; train.micro_batch = 1; pipeline.schedule = 'zbv'",
-        "sharding.reshard_after_forward = True",
+        "sharding.reshard_after_forward = true",
         "set it to false",
     ),
     (
@@ -270,7 +272,7 @@ REFUSED = [
         *("engine.offload = 'parameters'", "needs engine.zero_stage = 3"),
     ),
     (DEEPSPEED + "; engine.checkpointing = 'deepspeed'", "engine.checkpointing", "recompute.mode is none; use full"),
-    (DEEPSPEED + "; parallel.tp = 2", "tensor.sequence_parallel = True", "has no sequence parallelism; use false"),
+    (DEEPSPEED + "; parallel.tp = 2", "tensor.sequence_parallel = true", "has no sequence parallelism; use false"),
     (DEEPSPEED + "; parallel.cp = 2", "context.method = 'ring'", "deepspeed has ulysses alone; use that"),
     (
         DEEPSPEED + "; parallel.cp = 8; context.method = 'ulysses'",
@@ -287,7 +289,7 @@ REFUSED = [
     ),
     (
         DEEPSPEED + "; parallel.pp = 2; train.micro_batch = 1; engine.zero_stage = 1; model.tied_embeddings = true",
-        *("model.tied_embeddings = True", "use false"),
+        *("model.tied_embeddings = true", "use false"),
     ),
     (
         DEEPSPEED + "; parallel.pp = 2; train.micro_batch = 1; engine.zero_stage = 1; train.loss_chunks = 2",
@@ -299,12 +301,12 @@ REFUSED = [
     (ACCELERATE + "; engine.zero_stage = 1", "engine.zero_stage = 1", "and this is accelerate; remove it"),
     (ACCELERATE + "; train.compile = 'inductor'", "train.compile = 'inductor'", "use none"),
     (ACCELERATE + "; checkpoint.every = 5", "checkpoint.every = 5", "is not saved yet; use 0"),
-    (ACCELERATE + "; ddp.overlap = false", "ddp.overlap = False", "use true, or set engine.name = native"),
+    (ACCELERATE + "; ddp.overlap = false", "ddp.overlap = false", "use true, or set engine.name = native"),
     (ACCELERATE + "; parallel.dp_shard = 2; sharding.prefetch = 2", "sharding.prefetch = 2", "in its own way; use 1"),
     (DEEPSPEED + "; ddp.bucket_mib = 1", "ddp.bucket_mib = 1.0", "has buckets of its own"),
     (
         DEEPSPEED + "; parallel.dp_shard = 2; sharding.reshard_after_forward = false",
-        "sharding.reshard_after_forward = False",
+        "sharding.reshard_after_forward = false",
         "has engine.zero_stage = 2 for that",
     ),
     (
@@ -319,7 +321,7 @@ REFUSED = [
     ("data.source = 'synthetic'; data.files = ['a']", "data.files = ['a']", "no meaning with data.source = synthetic"),
     ("data.source = 'tokens'; data.dataset = 'c4'", "data.dataset = 'c4'", "no meaning with data.source = tokens"),
     ("data.source = 'tokens'", "data.path = ''", "is needed with data.source = tokens"),
-    ("data.source = 'files'", "data.files = ()", "is needed with data.source = files"),
+    ("data.source = 'files'", "data.files = []", "is needed with data.source = files"),
     ("data.source = 'huggingface'; data.tokenizer = 't'", "data.dataset = ''", "is needed"),
     ("data.source = 'huggingface'; data.dataset = 'd'", "data.tokenizer = ''", "is needed"),
     ("data.source = 'tokens'; data.token_dtype = 'int8'", "data.token_dtype = 'int8'", "choose uint16, uint32"),

@@ -105,7 +105,7 @@ def test_the_docs_name_every_key_of_a_site() -> None:
         ("gpus_per_node = -1", "site.gpus_per_node = -1: give a whole number of at least 0"),
         ('gpus_per_node = "8"', "site.gpus_per_node = '8': give a whole number"),
         ('launcher = "mpirun"', "site.launcher = 'mpirun': choose torchrun, srun"),
-        ("one_gpu_per_task = true", 'site.one_gpu_per_task = True: needs launcher = "srun" and gpus_per_node'),
+        ("one_gpu_per_task = true", 'site.one_gpu_per_task = true: needs launcher = "srun" and gpus_per_node'),
         ("gpus_per_node = 8\nranks_per_node = 4", "site.ranks_per_node = 4: each of the 8 GPUs"),
         ('modules = ["a\\nb"]', "site.modules = 'a\\nb': give one in each string"),
         ('name = "a\\u0000"', "site.name = 'a\\x00': "),

@@ -29,7 +29,8 @@ class Recipe(Sections):
 def check_name(key: str, name: Any) -> None:
     """A name becomes a folder: nothing that could leave its parent."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", name):
-        raise RecipeError(key, name, "use letters, digits, '.', '_', '+' and '-', starting with a letter or digit")
+        remedy = "use letters, digits, '.', '_', '+' and '-', at most 100, starting with a letter or digit"
+        raise RecipeError(key, name, remedy)
 
 
 def _must_divide(key: str, part: int, whole_key: str, whole: int, *, fits_also: int = 0) -> None:

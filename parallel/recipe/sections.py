@@ -71,8 +71,11 @@ class RecipeError(ValueError):
 
 
 def _shown(value: Any) -> str:
+    """`value` as it is written in a recipe, so that it can be copied into one."""
+    if isinstance(value, bool):
+        return str(value).lower()
     try:
-        text = repr(value)
+        text = repr(list(value) if isinstance(value, tuple) else value)
     except (RecursionError, ValueError):  # tables nested a thousand deep, an integer of more than 4300 digits
         text = f"<{type(value).__name__}>"
     return text if len(text) <= 80 else text[:77] + "..."
@@ -109,12 +112,12 @@ def _checked(key: str, value: Any, type_: Any, rule: Mapping[str, Any]) -> Any:
         if allowed and not set(value) <= set(allowed):
             raise RecipeError(key, list(value), f"choose from {', '.join(allowed)}")
         return tuple(value)
+    if allowed and value not in allowed:
+        raise RecipeError(key, value, f"choose {', '.join(allowed)}")
     type_ = str if allowed else type_
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a string in quotes"}[type_]
     if type(value) is not type_ and not (type_ is float and type(value) is int):
         raise RecipeError(key, value, f"give {wanted}")
-    if allowed and value not in allowed:
-        raise RecipeError(key, value, f"choose {', '.join(allowed)}")
     if type_ in (int, float):
         if not value <= rule["maximum"]:  # so is NaN
             raise RecipeError(key, value, f"give {wanted} of at most {rule['maximum']}")
