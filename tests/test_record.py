@@ -244,6 +244,13 @@ def test_steps_are_read_up_to_where_the_writer_was_stopped(tmp_path: Path) -> No
     assert read_steps(path) == [{"step": 1, "loss": None}, {"step": 2, "loss": 0.5}]
 
 
+def test_lines_that_are_no_steps_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "steps.jsonl"
+    strangers = ("[1]", "null", "{}", '{"loss": 0.5}', '{"step": "1"}', '{"step": true}', '{"step": 1, "loss": "0.5"}')
+    path.write_text("\n".join([*strangers, '{"step": 2, "loss": 0.5}', ""]))
+    assert read_steps(path) == [{"step": 2, "loss": 0.5}]
+
+
 def test_lives_are_read_with_how_far_the_last_has_come(tmp_path: Path) -> None:
     assert read_lives(tmp_path) is None
     (tmp_path / "steps.jsonl").write_text('{"step": 1}\n{"step": 2}\n')

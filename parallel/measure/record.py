@@ -314,12 +314,22 @@ def finite(value: Any) -> Any:
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
-    """The steps in a steps.jsonl, up to where its writer was stopped; none where there is no file."""
+    """The steps in a steps.jsonl, up to where its writer was stopped; none where there is no file.
+
+    Lines that are no step are left out.
+    """
     steps = []
     with contextlib.suppress(OSError, ValueError, RecursionError):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             steps.append(finite(json.loads(line)))
-    return [step for step in steps if isinstance(step, dict)]
+    return [step for step in steps if _is_step(step)]
+
+
+def _is_step(row: Any) -> bool:
+    """What a Journal has written, and nobody has changed: whoever reads it counts with each value."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return False
+    return all(value is None or type(value) in (int, float) for value in row.values())
 
 
 def read_records(directory: Path) -> list[dict[str, Any]]:
