@@ -26,6 +26,14 @@ def case_of(**sections: dict[str, Any]) -> Any:
     return case(",".join(words), **sections)
 
 
+def one_of_two(cases: list[Any]) -> list[Any]:
+    """Of each two neighbours the first and the second in turn; the others are left to `make test-long`."""
+    return [
+        pytest.param(*one.values, id=one.id, marks=pytest.mark.long) if number % 4 in (1, 2) else one
+        for number, one in enumerate(cases)
+    ]
+
+
 def whole_weights(schedule: str) -> dict[str, bool]:
     """[sharding] for FSDP under `schedule`: the split-backward ones need weights that stay until backward."""
     return {"reshard_after_forward": schedule not in SPLIT_BACKWARD_SCHEDULES}
@@ -112,7 +120,7 @@ MIXES = [
             train=dict(micro_batch=1, global_batch=16), model=dict(n_layers=5, tied_embeddings=True, vocab_size=67))
     for schedule in SCHEDULES
     for parallel in (dict(pp=2, dp_shard=2), dict(pp=2, dp_replicate=2), dict(pp=2, dp_shard=2, tp=2))
-] + [
+] + one_of_two([
     case_of(parallel=parallel, recompute=dict(mode=recompute), train=dict(micro_batch=1))
     for parallel in (
         dict(dp_replicate=2, dp_shard=2, tp=2),
@@ -125,7 +133,7 @@ MIXES = [
         dict(dp_replicate=2, dp_shard=2, cp=2),
     )
     for recompute in ("none", "full")
-] + [
+]) + [
     case("pp4·tp2, zbv", parallel=dict(pp=4, tp=2), pipeline=dict(schedule="zbv"), train=dict(micro_batch=1),
          model=dict(n_layers=8)),
     case("pp2·fsdp2·cp2, zbv, ulysses", parallel=dict(pp=2, dp_shard=2, cp=2), pipeline=dict(schedule="zbv"),
@@ -155,12 +163,12 @@ LOSS_CHUNKS = [
 ] + [
     case("loss_chunks, hsdp, accumulation", parallel=dict(dp_replicate=2, dp_shard=2),
          train=dict(loss_chunks=5, micro_batch=1)),
-] + [
+] + one_of_two([
     case_of(pipeline=dict(schedule=schedule), sharding=whole_weights(schedule), parallel=parallel,
             train=dict(loss_chunks=3, micro_batch=1), model=dict(n_layers=5, tied_embeddings=True, vocab_size=67))
     for schedule in SCHEDULES
     for parallel in (dict(pp=2), dict(pp=2, dp_shard=2, tp=2))
-]  # fmt: skip
+])  # fmt: skip
 
 
 COMPILE = [
