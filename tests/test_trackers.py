@@ -300,10 +300,10 @@ def test_trackers_are_off_and_a_missing_one_says_how_to_install_it(monkeypatch: 
     assert recipe_with().track.chosen == [] and TRACKERS.keys() == vars(recipe_with().track).keys()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     refuse_missing_packages(recipe_with())
-    for key, value in {"wandb": "online", "tensorboard": True}.items():
+    for key, value, shown in (("wandb", "online", "'online'"), ("tensorboard", True, "true")):
         with pytest.raises(RecipeError) as refusal:
             refuse_missing_packages(recipe_with(**{key: value}))
-        assert str(refusal.value) == f"track.{key} = {value!r}: is not installed; pip install 'parallel-lab[{key}]'"
+        assert str(refusal.value) == f"track.{key} = {shown}: is not installed; pip install 'parallel-lab[{key}]'"
 
 
 def test_a_summary_has_the_figures_and_not_the_recipe() -> None:
