@@ -36,6 +36,15 @@ def alike_in_pipeline(recipe: Recipe) -> list[int]:
     return alike
 
 
+def priced_ranks(recipe: Recipe) -> dict[int, int]:
+    """By rank of the pipeline, the first of each kind: of its ranks the busiest.
+
+    That has the last tokens of the sequence, for which attention comes in the most pieces.
+    """
+    last = recipe.parallel.cp - 1 if recipe.context.zigzag else 0
+    return {place: rank_at(recipe, pp=place, cp=last) for place in alike_in_pipeline(recipe)}
+
+
 def distinct_ranks(recipe: Recipe) -> dict[int, int]:
     """The first rank of each kind, and how many are of that kind. Ranks of a kind have equal figures.
 

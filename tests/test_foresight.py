@@ -16,7 +16,7 @@ from parallel.foresight.clusters import CATALOGUE, PROFILES, Cluster, cluster_fr
 from parallel.foresight.constants import values_of
 from parallel.foresight.memory import LAB, ON_CPU, Keeping, peak_bytes
 from parallel.foresight.prediction import hardware_flops_per_token, parts_of, predict
-from parallel.foresight.price import PARTS, Links, hop_seconds, price
+from parallel.foresight.price import LINK_HOP_SECONDS, PARTS, Links, hop_seconds, price
 from parallel.foresight.uncertainty import PROGRAM_DEVIATION, RUN_DEVIATION, corrected, covariance
 from parallel.foresight.workload import Workload, bubble, of_recipe, stacked
 from parallel.measure.accelerators import ACCELERATORS
@@ -179,11 +179,21 @@ def test_a_product_by_hand() -> None:
 
 
 def test_messages_by_hand() -> None:
-    """DDP on 16 ranks of two nodes, nothing hidden: 2·15/16 of 4 bytes a weight, over 8 cards of 50 GB/s."""
-    found = recipe(parallel=dict(dp_replicate=16), ddp=dict(overlap=False), train=dict(global_batch=16))
+    """DDP on 16 ranks of two nodes, nothing hidden: 2·15/16 of 4 bytes a weight, over 8 cards of 50 GB/s; in smaller
+    buckets, of a matrix at least, an empty all-reduce more for each of them."""
+
+    def of(bucket_mib: int) -> Recipe:
+        ddp = dict(overlap=False, bucket_mib=bucket_mib)
+        return recipe(parallel=dict(dp_replicate=16), ddp=ddp, train=dict(global_batch=16))
+
+    found = of(2**16)
     rates = dataclasses.replace(H100.rates("bfloat16"), across_seconds=0.0, inside_bytes_per_s=1e15)
     seconds = float(price(of_recipe(found), rates, values_of("hopper") | {"across": 1.0})["data_messages"])
     assert seconds == pytest.approx(2 * 15 / 16 * 4 * found.model.n_parameters / (8 * 50e9), rel=0.02)
+    hops = 2 * 7 * LINK_HOP_SECONDS + 2 * rates.across_hop_seconds  # within a node, and of a tree of two
+    for bucket_mib, n_buckets in ((1024, found.model.n_parameters * 4 / 2**30), (25, 7 * found.model.n_layers)):
+        more = float(price(of_recipe(of(bucket_mib)), rates, values_of("hopper") | {"across": 1.0})["data_messages"])
+        assert more - seconds == pytest.approx((n_buckets - 1) * hops, rel=0.02)
     assert parts(recipe())["data_messages"] == 0
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from layouts import small_recipe
@@ -15,16 +15,15 @@ from parallel.actions import Action
 from parallel.dryrun import dry_run_rank
 from parallel.foresight.clusters import load_cluster
 from parallel.foresight.constants import CONSTANTS, values_of
-from parallel.foresight.operators import own_operators
+from parallel.foresight.operators import own_bytes, own_operators
 from parallel.foresight.prediction import Prediction, predict
 from parallel.foresight.price import FIXED_SECONDS, Rates
 from parallel.foresight.replay import Done, Walk, makespan, played
 from parallel.foresight.workload import of_recipe
-from parallel.kinds import alike_in_pipeline
+from parallel.kinds import alike_in_pipeline, priced_ranks
 from parallel.measure.tape import Begin, End, Event, Mark, Message, Operator, Wait
 from parallel.measure.timeline import UNITS, ideal_bubble
-from parallel.mesh import rank_at
-from parallel.recipe import SCHEDULES, Recipe, Schedule, load_recipe, read_toml
+from parallel.recipe import SCHEDULES, ContextMethod, Recipe, Schedule, load_recipe, read_toml
 from parallel.strategies.pipeline import schedule_orders
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -154,9 +153,9 @@ def test_ranks_that_are_alike_are_taped_once() -> None:
 
 
 def walked(recipe: Recipe) -> Walk:
-    recipe, alike = H100.would_run(recipe), alike_in_pipeline(recipe)
-    tapes = {place: dry_run_rank(recipe, rank=rank_at(recipe, pp=place), taped=True).tape for place in set(alike)}
-    return Walk(tapes, alike, schedule_orders(recipe) if recipe.parallel.pp > 1 else ())
+    recipe = H100.would_run(recipe)
+    tapes = {place: dry_run_rank(recipe, rank=rank, taped=True).tape for place, rank in priced_ranks(recipe).items()}
+    return Walk(tapes, alike_in_pipeline(recipe), schedule_orders(recipe) if recipe.parallel.pp > 1 else ())
 
 
 def test_a_tape_has_a_block_as_a_device_would_run_it() -> None:
@@ -170,6 +169,24 @@ def test_a_tape_has_a_block_as_a_device_would_run_it() -> None:
     counted = own_operators(of_recipe(small_recipe("float32")))
     n_updates = 27
     assert block.total() == counted.forward + counted.backward - 9 + n_updates  # gradients that are there are added to
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", get_args(ContextMethod))
+def test_operators_and_bytes_of_context_parallelism_are_those_of_its_busiest_rank(method: str, dtype: str) -> None:
+    counts, n_bytes = [], []
+    for n_layers in (1, 2):
+        model, train = dict(n_layers=n_layers, n_heads=8, n_kv_heads=2, d_model=256), dict(device="cuda", seq_len=256)
+        recipe = small_recipe(dtype, model=model, train=train, parallel=dict(cp=4), context=dict(method=method))
+        tape = dry_run_rank(recipe, rank=priced_ranks(recipe)[0], taped=True).tape
+        operators = [event for event in tape if isinstance(event, Operator) and not event.updates]
+        counts.append(len(operators) + sum(isinstance(event, Message) and event.dim == "cp" for event in tape))
+        n_bytes.append(sum(event.n_bytes for event in operators))
+    work = of_recipe(recipe)
+    block, operators = own_bytes(work, tokens=work.micro_batch * 64), own_operators(work)
+    assert n_bytes[1] - n_bytes[0] == pytest.approx(block.forward + block.backward, rel=0.02)
+    moved_into_buckets = 18 - 9
+    assert counts[1] - counts[0] == pytest.approx(operators.forward + operators.backward + moved_into_buckets, abs=6)
 
 
 def test_fsdp_gathers_the_next_block_while_this_one_computes() -> None:

@@ -39,8 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         if path.exists() and read_record(path)["kind"] != "dry-run":
             raise RecipeError("--out", str(arguments.out), f"{path} is of a measured run; give another folder")
     from parallel.dryrun import measure_each, record_of  # other commands live without torch
-    from parallel.kinds import alike_in_pipeline, distinct_ranks, scaled
-    from parallel.mesh import rank_at
+    from parallel.kinds import alike_in_pipeline, distinct_ranks, priced_ranks, scaled
     from parallel.strategies.pipeline import schedule_orders
 
     if arguments.world_size is not None:
@@ -52,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     priced: dict[int, int] = {}  # rank of the pipeline -> rank
     if cluster is not None:
         cluster.rates(recipe.train.dtype)  # is refused now, if it is
-        priced = {place: rank_at(recipe, pp=place) for place in alike_in_pipeline(recipe)}
+        priced = priced_ranks(recipe)
     walked = [*ranks, *(rank for rank in priced.values() if rank not in ranks)]
     counted = dict(measure_each(recipe, walked, _say, taped=bool(priced)))
     record = record_of(recipe, {rank: counted[rank] for rank in ranks})

@@ -24,20 +24,21 @@ def own_operators(w: Workload) -> Operators:
     sharded, sp = w.shards_state, tp * w.sequence_parallel
     passes = [n / w.n_microbatches for n in (w.forward_gathers, w.backward_gathers, w.reduce_scatters)]
     replicas = sharded * (w.dp_replicate > 1)
-    ring = w.ring * (w.cp > 1)
-    gathers = (1 - w.ring) * (1 - w.all_to_all) * (w.cp > 1)
-    exchanges = w.all_to_all * (w.cp > 1)
+    ring, gathers, exchanges = _methods_of_context(w)
+    copies = exchanges * (w.n_kv_heads < w.cp * w.tp)  # of keys, for each rank one of its own
     once = 1 * (w.n_microbatches > 1) * (w.recomputes == 0) * half * (1 - sharded)  # weights are cast once a step
 
     grouped = repeats_keys(w)
 
     computes = 53 + 8 * grouped + half * np.where(sharded == 1, 4, 13) + (18 + 14 * w.sequence_parallel) * tp
-    computes = computes + ring * (14 + 15 * (w.cp - 1)) + gathers * 50 + exchanges * 22 + 24 * (1 - w.flash)
+    computes = computes + ring * (14 + 2 * half + (14 + half) * (w.cp - 1)) + gathers * (58 + 4 * half)
+    computes = computes + exchanges * 20 + copies * 8 + 24 * (1 - w.flash)
     again = w.again_rest * (computes - 3 - 6 * w.saves_products - w.saves_attention)
     forward = computes + 14 * passes[0] - 7 * once
     backward = 98 + 7 * grouped + half * np.where(sharded == 1, 8, 13) + 10 * tp + 6 * sp
     backward = backward + 13 * passes[1] + 12 * passes[2]
-    backward = backward + ring * (24 + 22 * (w.cp - 1)) + gathers * 76 + exchanges * 22 + 32 * (1 - w.flash)
+    backward = backward + ring * (23 + 3 * half + 26 * (w.cp - 1)) + gathers * (102 + 2 * half)
+    backward = backward + exchanges * 24 + copies * 5 + 32 * (1 - w.flash)
     backward = backward + again + 25 * w.splits_backward - 17 * replicas
     ends = 36 + 10 * half + 25 * passes[2] + 46 * tp * w.loss_parallel + 28 * tp * (1 - w.loss_parallel) + 10 * sp
     ends = ends + 24 * (w.loss_chunks - 1)
@@ -81,17 +82,44 @@ def own_bytes(w: Workload, *, tokens: Number) -> Bytes:
     repeats = 8 * repeats_keys(w)
     forward = 10 * e * resident + copies + (28 + 12 * half + repeats) * turned + 5 * e * hidden
     backward = 16 * e * resident + 9 * e * stream + copies + (36 + 12 * half + repeats) * turned + 9 * e * hidden
-    # A ring adds up in float32 what each piece gives: of the first for all queries, of the others for half of them.
-    ring, pieces = w.ring * (w.cp > 1), 1 + (w.cp - 1) / 2
-    queries, keys = (tokens * heads * w.head_dim / w.tp for heads in (w.n_heads, 2 * w.n_kv_heads))
-    forward = forward + ring * (18 * pieces + 10) * queries
-    backward = backward + ring * ((10 * pieces + 10) * queries + (10 * w.cp + 10) * keys)
+    context = context_bytes(w, tokens=tokens)
+    forward, backward = forward + context[0], backward + context[1]
     logit = np.where(tp * w.loss_parallel == 1, 48, 24) + 12 * half
     logits = tokens * w.vocab_size / np.where(w.loss_parallel == 1, w.tp, 1)
     chunked = np.where(w.loss_chunks > 1, 10 * w.loss_chunks + 12, 0)  # the gradient of the output, chunk by chunk
     ends = logit * logits + table * (tables_of(w) * sum(of_weight) + chunked + 4)
     again = forward + weights * casts
     return Bytes(forward + weights * of_weight[0], again, backward + weights * of_weight[1], ends)
+
+
+def context_bytes(w: Workload, *, tokens: Number) -> tuple[Number, Number]:
+    """Read and written by a block, forward and backward, that context parallelism adds: sums and copies."""
+    e, half = w.element_bytes, 1 * (w.element_bytes == 2)
+    ring, gathers, exchanges = _methods_of_context(w)
+    queries, keys = (tokens * heads * w.head_dim / w.tp for heads in (w.n_heads, 2 * w.n_kv_heads))
+    # Pieces of attention are added up in float32. In a ring the last rank has one for all its queries from each rank;
+    # where keys were gathered each half of the queries has two.
+    pieces = np.where(ring == 1, w.cp, 2)
+    forward = (13 + 6 * half) * pieces + 12 + 4 * half
+    backward = (20 - 2 * half) * pieces + 5 + 6 * half
+    of_ring = 2 * e, 37 + (15 - 1.5 * half) * w.cp  # of each element of keys and values
+    of_all = (2 + 5 * w.cp) * e, 14 + 3 * half + (40 - 4 * half) * w.cp  # put in order of the sequence and back
+    # Heads for tokens: each tensor is copied before a message and after it, a key for each rank that has its queries.
+    each_has = tokens * 2 * np.maximum(w.n_kv_heads / w.tp, w.cp) * w.head_dim
+    return (
+        ring * (forward * queries + of_ring[0] * keys)
+        + gathers * (forward * queries + of_all[0] * keys)
+        + exchanges * e * (10 * queries + 8 * each_has - 4 * keys),
+        ring * (backward * queries + of_ring[1] * keys)
+        + gathers * (backward * queries + of_all[1] * keys)
+        + exchanges * e * 8 * (queries + each_has),
+    )
+
+
+def _methods_of_context(w: Workload) -> tuple[Number, Number, Number]:
+    """1 for the one that is used: a ring, gathered keys, heads for tokens."""
+    several = 1 * (np.asarray(w.cp) > 1)
+    return w.ring * several, (1 - w.ring) * (1 - w.all_to_all) * several, w.all_to_all * several
 
 
 def repeats_keys(w: Workload) -> Number:

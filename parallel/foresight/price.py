@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from parallel.foresight.operators import Operators, own_bytes, own_operators, tables_of
+from parallel.foresight.operators import Operators, context_bytes, own_bytes, own_operators, tables_of
 from parallel.foresight.workload import Number, Workload
 
 PARTS = (
@@ -319,7 +319,8 @@ def _block_messages(w: Workload, r: Rates, k: Constants, link: "Links", attentio
     Of cp: a ring's messages travel while attention computes. Gradients of keys and values are added up in float32; in a
     ring keys and values go round once more beside them.
 
-    On a CPU nothing hides, and tokens, which are no outermost dim, are copied around messages.
+    On a CPU nothing hides; tokens, which are no outermost dim, are copied around messages; and keys and their
+    gradients, which go round a ring at once, wake a neighbour once.
     """
     n_bytes, sp = w.element_bytes * _tokens(w) * w.d_model, w.sequence_parallel
     among = {"ranks": w.tp, "stride": 1}
@@ -331,23 +332,32 @@ def _block_messages(w: Workload, r: Rates, k: Constants, link: "Links", attentio
 
     per_head = w.element_bytes * _tokens(w) * 2 * w.head_dim / w.tp
     keys, among = per_head * w.n_kv_heads, {"ranks": w.cp, "stride": w.tp}
-    exchanged = link.all_to_all(per_head * (w.n_heads + w.n_kv_heads) / 2, **among, calls=2)
+    # Keys of fewer heads than ranks are sent as often as ranks need them.
+    exchanged_heads = w.n_heads + np.where(
+        w.own + r.synchronous > 0, np.maximum(w.n_kv_heads, w.cp * w.tp), w.n_kv_heads
+    )
+    exchanged = link.all_to_all(per_head * exchanged_heads / 2, **among, calls=2)
     gathered, passed = link.gather(keys * w.cp, **among), link.pass_on(keys, **among)
     scattered = link.scatter(keys * w.cp * 4 / w.element_bytes, **among)
     hidden = RING_HIDDEN * (1 - r.synchronous)
-    passed_back = passed + link.pass_on(keys * 4 / w.element_bytes, **among)
+    sums = keys * 4 / w.element_bytes
+    passed_back = np.where(r.synchronous == 1, link.pass_on(keys + sums, **among), passed + link.pass_on(sums, **among))
+    merged = [
+        r.synchronous * operator_share(r, k, compiled=0) * n / memory_rate(r)
+        for n in context_bytes(w, tokens=_tokens(w))
+    ]
 
     def context(gathered: Number, passed: Number, attention: Number) -> Number:
         around = np.maximum(w.cp - 1, 0) * passed
         around = np.maximum(around - hidden * attention, (1 - hidden) * around)
         return np.where(w.all_to_all == 1, exchanged, np.where(w.ring == 1, around, gathered))
 
-    forward = context(gathered, passed, attention[0])
+    forward = context(gathered, passed, attention[0]) + merged[0]
     return _Messages(
         tensor_forward=both,
         tensor_backward=both * (1 + w.again_products) + norms,
         context_forward=forward,
-        context_backward=context(scattered, passed_back, attention[1]) + forward * w.again_attention,
+        context_backward=context(scattered, passed_back, attention[1]) + merged[1] + forward * w.again_attention,
     )
 
 
@@ -404,14 +414,17 @@ def _data_messages(
     waits = w.own * (w.pp > 1) == 1
     data = data + w.reduce_scatters * np.where(waits, scatter, exposed(scatter, backward / (1 + both)))
     sharded = w.shards_state == 1
+    gradients = weights * w.gradient_bytes
+    # A bucket has one matrix at least, of seven of a block.
+    buckets = np.minimum(gradients / np.maximum(w.bucket_bytes, 1), 7 * calls)
     reduce = link.all_reduce(
-        weights * w.gradient_bytes / np.where(sharded, shards, 1),
+        gradients / np.where(sharded, shards, 1),
         ranks=np.where(sharded, w.dp_replicate, w.dp_replicate * w.dp_shard * w.cp),
         stride=np.where(sharded, w.dp_shard * w.cp, 1) * w.tp,
         calls=np.where(
-            sharded | (np.maximum(w.own, r.synchronous) == 1),
-            calls / np.where(sharded & (r.synchronous == 1), 1, 4),  # buckets hold a few blocks
-            np.maximum(1, weights * w.gradient_bytes * r.buckets_per_byte),
+            sharded,
+            calls / np.where(r.synchronous == 1, 1, 4),
+            np.maximum(1, np.where(w.bucket_bytes > 0, buckets, gradients * r.buckets_per_byte)),
         ),
     )
     return data + w.all_reduces * exposed(reduce, backward)

@@ -82,7 +82,8 @@ class Workload:
     loss_parallel: Number = 1
     # the program
     own: Number = 0  # 1: the lab's own, operator by operator; 0: as most are, by what their software says
-    buckets: Number = 0  # 1: gradients are added up in buckets that are there from the first
+    buckets: Number = 0  # 1: gradients are added up in buckets
+    bucket_bytes: Number = 0  # of those that are summed over ranks at once; 0: as the software has it
     splits_backward: Number = 0  # share of the microbatches: into that of the input and that of the weights
 
     @property
@@ -126,6 +127,7 @@ def of_recipe(recipe: Recipe) -> Workload:
         loss_chunks=train.loss_chunks,
         loss_parallel=int(recipe.tensor.loss_parallel),
         sequence_parallel=int(recipe.tensor.sequence_parallel),
+        bucket_bytes=recipe.ddp.bucket_mib * 2**20,
     )
     recompute, schedule = recipe.recompute, recipe.pipeline.schedule
     return laid_out(
