@@ -2,6 +2,7 @@
 
     python benchmarks/published.py RUNS.csv                            # every row, with the constants as they are
     python benchmarks/published.py RUNS.csv --calibrate-on 3           # after three runs of each source
+    python benchmarks/published.py RUNS.csv --unnamed                  # as if nothing were known of their programs
     python benchmarks/published.py RUNS.csv --predictions FILE.csv     # row by row, too
     python benchmarks/published.py RUNS.csv --failed FAILED.csv        # and how many of those did not fit
 
@@ -762,11 +763,17 @@ def main() -> None:
     parser.add_argument("--predictions", metavar="FILE.csv", type=Path, help="each row's, written there")
     not_run = "runs that did not come to their end, with the same columns: how many are foretold not to fit"
     parser.add_argument("--failed", metavar="FILE.csv", help=not_run)
+    hidden = "sources are numbers, and notes empty: what to expect of a program of which nothing is known"
+    parser.add_argument("--unnamed", action="store_true", help=hidden)
     parser.add_argument("--markdown", action="store_true", help="the table as the docs have it")
     arguments = parser.parse_args()
     if not 0 <= arguments.calibrate_on <= 1000:
         sys.exit(f"--calibrate-on = {arguments.calibrate_on}: give how many runs of each source, as 3")
-    runs, refused = read_runs(read_rows(arguments.runs))
+    rows = list(read_rows(arguments.runs))
+    if arguments.unnamed:
+        sources = list(dict.fromkeys(row.get("source", "") for row in rows))
+        rows = [row | {"source": f"{sources.index(row.get('source', '')) + 1}", "notes": ""} for row in rows]
+    runs, refused = read_runs(rows)
     if not runs:
         sys.exit("no row could be predicted: " + "; ".join(sorted({reason for _, reason in refused})))
     found, predictions = scores(runs, arguments.calibrate_on)

@@ -443,6 +443,22 @@ def test_published_runs_are_foretold_from_their_configurations(tmp_path: Path) -
     assert "mean of sources" in done.stdout
 
 
+def test_unnamed_a_row_says_nothing_of_its_program(tmp_path: Path) -> None:
+    rows = [
+        LLAMA | dict(n_gpus="8192", source=source, notes=notes) for source, notes in (("x", ""), ("nanotron", "of x"))
+    ]
+    out, seconds = tmp_path / "predictions.csv", []
+    for options in ((), ("--unnamed",)):
+        done = published(tmp_path, *rows, options=("--predictions", str(out), *options))
+        assert done.returncode == 0, done.stderr
+        with out.open(encoding="utf-8", newline="") as file:
+            lines = list(csv.DictReader(file))
+        seconds.append([float(line["predicted_step_s"]) for line in lines])
+    assert [line["source"] for line in lines] == ["1", "2"]
+    (of_any, of_nanotron), unnamed = seconds
+    assert of_nanotron > 1.05 * of_any and unnamed == [of_any] * 2
+
+
 def test_what_a_row_leaves_open_widens_it_and_what_it_must_say_is_asked_for(tmp_path: Path) -> None:
     open_rows = [
         LLAMA | dict(id="whole", n_gpus="8192"),
