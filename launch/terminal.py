@@ -29,6 +29,14 @@ COLOURS = (  # of what a table and lines of progress say
 )
 
 
+# What argparse says of a wrong value, and how every other refusal says it: what, its value, what to give.
+REFUSALS = {
+    r"argument (\S+): invalid int value: ('.*')": r"\1 = \2: give a whole number",
+    r"argument (\S+): invalid float value: ('.*')": r"\1 = \2: give a number",
+    r"argument (\S+): invalid choice: ('.*') \(choose from (.*)\)": r"\1 = \2: give one of \3",
+}
+
+
 class CommandError(ValueError):
     """A command line or a comparison file that cannot be run. Its text is one line."""
 
@@ -45,6 +53,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:
+        for pattern, words in REFUSALS.items():
+            message = re.sub(pattern, words, message, flags=re.DOTALL)
         raise CommandError(f"{message}; see {self.prog} --help")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:

@@ -151,7 +151,8 @@ def test_what_is_asked_wrongly_is_one_line(tmp_path: Path, capsys: pytest.Captur
         (["export", tmp_path / "empty"], "needs --to"),
         (["import", tmp_path / "empty", "--to", tmp_path / "run"], "config.json cannot be read (No such file"),
         (["import", tmp_path / "empty", "--to", tmp_path / " "], "--to"),
-        (["describe", tmp_path], "invalid choice"),
+        (["describe", tmp_path], "ACTION = 'describe': give one of"),
+        (["import", tmp_path / "empty", "--to", tmp_path], f"--to = '{tmp_path}': exists; give another"),
     ):
         assert lab_checkpoint(*arguments) == 2
         err = capsys.readouterr().err

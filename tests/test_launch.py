@@ -790,7 +790,7 @@ def test_settings_may_be_written_either_way_and_the_command_line_has_the_last_wo
         (["run", "base.toml", "second\nline\x1b[31m"], "unknown argument 'second\\nline\\x1b[31m'"),
         (["--json", "check", "base.toml"], "unknown argument '--json' of lab check; put it after the command"),
         (["run", "base.toml", "--nproc", "4"], "--nproc = 4: the product of [parallel] is 3"),
-        (["run", "base.toml", "--nproc", "many"], "argument --nproc: invalid int value: 'many'"),
+        (["run", "base.toml", "--nproc", "many"], "--nproc = 'many': give a whole number; see lab run --help"),
         (["run", "base.toml", "--set", "train.steps"], "--set = 'train.steps': write section.key=value"),
         (["run", "base.toml", "--set", "train.steps=\udcff"], "is not UTF-8"),
         (["run", "base.toml", "--set", "train.stepz=3"], "train.stepz = 3: unknown key; did you mean steps?"),
@@ -1061,7 +1061,7 @@ def test_the_first_row_of_a_comparison_chooses_the_float32_products_of_all(lab: 
     assert asked == ["asked for None", "asked for medium", "asked for medium"]
     assert "float32 products medium" in " ".join((lab.folder / "runs/trio/table.txt").read_text().split())
     _, _, err = lab("compare", file, "--matmul", "lowest")
-    assert "invalid choice: 'lowest'" in err
+    assert "--matmul = 'lowest': give one of " in err
     assert lab("compare", file, "--matmul", "highest")[0] == 0
     assert lab.record("trio", "first")["environment"]["note"] == "asked for highest"
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launch.folder import RUN_FILES, recipe_toml, refuse_checkpoints, refuse_other_folder
+from launch.folder import recipe_toml
 from launch.table import short_layout
 from launch.terminal import CommandError, printable, progress
 from parallel.checkpoint.files import MANIFEST, Checkpoint, Damaged, candidates, read_checkpoint, step_folders
@@ -15,7 +15,8 @@ from parallel.recipe import RecipeError, check_name, recipe_from_tables
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("action", choices=("show", "verify", "export", "import"), help="what to do")
+    actions = ("show", "verify", "export", "import")
+    add("action", metavar="ACTION", choices=actions, help=f"what to do: {', '.join(actions)}")
     add("path", metavar="PATH", type=Path, help="of a run or one checkpoint; to import: folder of a Hugging Face Llama")
     to = "export: FILE.safetensors, or a folder for Hugging Face; import: folder of a run, to --resume-from"
     add("--to", metavar="PATH", type=Path, help=to)
@@ -85,7 +86,10 @@ def _export(arguments: argparse.Namespace) -> int:
         return 1
     from parallel.checkpoint.huggingface import export  # other actions live without torch
 
-    export(checkpoint, arguments.to)
+    try:
+        export(checkpoint, arguments.to)
+    except OSError as error:
+        raise RecipeError("--to", str(arguments.to), f"cannot be written ({error.strerror}); give another") from None
     progress(arguments)(printable(f"{arguments.to}: the weights of step {checkpoint.step}"))
     if arguments.json:
         print(record_json({"to": str(arguments.to), "step": checkpoint.step}))
@@ -95,8 +99,8 @@ def _export(arguments: argparse.Namespace) -> int:
 def _import(arguments: argparse.Namespace) -> int:
     run = arguments.to
     check_name("--to", run.name)
-    refuse_other_folder(run, RUN_FILES)
-    refuse_checkpoints(run)
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise RecipeError("--to", str(run), "exists; give another")
     from parallel.checkpoint.huggingface import import_weights
 
     recipe = import_weights(arguments.path, run)

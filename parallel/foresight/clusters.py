@@ -129,7 +129,8 @@ class Cluster:
         """Raises RecipeError where the cluster's file has no rate of products in `dtype`."""
         flops = self.matmul_flops(dtype) if dtype != "float64" else None
         if flops is None:
-            raise RecipeError("train.dtype", dtype, f"the cluster {self.name} has no rate for it; see [device] there")
+            remedy = "use bfloat16 (--set train.dtype=bfloat16), or a cluster file with one in [device]"
+            raise RecipeError("train.dtype", dtype, f"the cluster {self.name} has no rate for it; {remedy}")
         device, links, software = self.device, self.links, self.software
         return Rates(
             matmul_flops=flops,
@@ -186,6 +187,8 @@ def load_cluster(name_or_path: str) -> Cluster:
     if "/" not in name_or_path and not name_or_path.endswith(".toml"):
         remedy = f"is no cluster of the catalogue ({', '.join(CATALOGUE)}) and no path of a .toml file"
         raise RecipeError("--cluster", name_or_path, remedy)
+    if not Path(name_or_path).exists():
+        raise RecipeError("--cluster", name_or_path, f"does not exist; give a file, or one of {', '.join(CATALOGUE)}")
     return cluster_from_tables(read_toml(name_or_path), default_name=Path(name_or_path).stem)
 
 
