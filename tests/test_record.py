@@ -246,7 +246,16 @@ def test_steps_are_read_up_to_where_the_writer_was_stopped(tmp_path: Path) -> No
 
 def test_lines_that_are_no_steps_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "steps.jsonl"
-    strangers = ("[1]", "null", "{}", '{"loss": 0.5}', '{"step": "1"}', '{"step": true}', '{"step": 1, "loss": "0.5"}')
+    strangers = (
+        "what?",
+        "[1]",
+        "null",
+        "{}",
+        '{"loss": 0.5}',
+        '{"step": "1"}',
+        '{"step": true}',
+        '{"step": 1, "loss": "0.5"}',
+    )
     path.write_text("\n".join([*strangers, '{"step": 2, "loss": 0.5}', ""]))
     assert read_steps(path) == [{"step": 2, "loss": 0.5}]
 

@@ -314,13 +314,17 @@ def finite(value: Any) -> Any:
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
-    """The steps in a steps.jsonl, up to where its writer was stopped; none where there is no file.
+    """The steps in a steps.jsonl; none where there is no file.
 
-    Lines that are no step are left out.
+    Lines that are no step are left out, as is the one in which its writer was stopped.
     """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except (OSError, ValueError):  # a null byte in the path
+        return []
     steps = []
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
             steps.append(finite(json.loads(line)))
     return [step for step in steps if _is_step(step)]
 
