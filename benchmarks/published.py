@@ -769,11 +769,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if not 0 <= arguments.calibrate_on <= 1000:
         sys.exit(f"--calibrate-on = {arguments.calibrate_on}: give how many runs of each source, as 3")
-    rows = list(read_rows(arguments.runs))
-    if arguments.unnamed:
-        sources = list(dict.fromkeys(row.get("source", "") for row in rows))
-        rows = [row | {"source": f"{sources.index(row.get('source', '')) + 1}", "notes": ""} for row in rows]
-    runs, refused = read_runs(rows)
+    numbers: dict[str, str] = {}  # of sources, in place of their names
+
+    def rows_of(path: str) -> list[dict[str, str]]:
+        rows = read_rows(path)
+        for row in rows if arguments.unnamed else ():
+            row |= {"source": numbers.setdefault(row.get("source", ""), f"{len(numbers) + 1}"), "notes": ""}
+        return rows
+
+    runs, refused = read_runs(rows_of(arguments.runs))
     if not runs:
         sys.exit("no row could be predicted: " + "; ".join(sorted({reason for _, reason in refused})))
     found, predictions = scores(runs, arguments.calibrate_on)
@@ -788,7 +792,7 @@ def main() -> None:
         )
         print(memory_in_words(runs))
     if arguments.failed is not None:
-        failed, not_read = read_runs(read_rows(arguments.failed))
+        failed, not_read = read_runs(rows_of(arguments.failed))
         needs = foretold_gib(failed)
         print(f"\nfailed: of {len(failed)} runs, of which nobody says why they failed,")
         for way, gib in needs.items():
