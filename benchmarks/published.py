@@ -534,9 +534,34 @@ def read_rows(path: str) -> list[dict[str, str]]:
             rows = list(csv.DictReader(file))
     except (OSError, csv.Error) as error:
         sys.exit(f"{path}: cannot be read ({error}); give a CSV file with a header")
-    if not rows or "hardware" not in rows[0]:
+    if not rows or not {"hardware", "model_label_b"} & rows[0].keys():
         sys.exit(f"{path}: has no row, or no column called hardware; the columns are {', '.join(COLUMNS)}")
     return [{key: value for key, value in row.items() if key and isinstance(value, str)} for row in rows]
+
+
+def like_those_that_ran(failed: Iterable[dict[str, str]], ran: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Of a sweep, rows that say of their model its size alone (model_label_b), and nodes in place of GPUs.
+
+    All else is as in the runs of that size, of the source that has the most. Other rows stay as they are.
+    """
+    most = Counter(run.get("source", "") for run in ran)
+    by_size: dict[str, Mapping[str, str]] = {}  # the first of each
+    for run in sorted(ran, key=lambda run: -most[run.get("source", "")]):
+        by_size.setdefault(f"{number(run, 'n_params_b') or 0:.2f}", run)
+    completed = []
+    for row in failed:
+        like, nodes = by_size.get(f"{number(row, 'model_label_b') or -1:.2f}"), number(row, "nodes")
+        if like and nodes and "hardware" not in row:
+            model = {key: value for key, value in like.items() if not key.startswith("measured")}
+            said = {key: row.get(key, "") for key in ("micro_batch", "grad_accum", "dp", "tp", "pp")}
+            said["n_gpus"] = f"{nodes * (number(model, 'gpus_per_node') or 8):g}"
+            said["global_batch"] = ""  # follows
+            said["dp_kind"] = "zero1" if row.get("zero") == "1" else "ddp"
+            said["sp"] = model.get("sp", "") if said["tp"] == model.get("tp") else ""
+            said["pp_schedule"] = "" if said["pp"] == "1" else "1f1b"
+            row = model | said
+        completed.append(row)
+    return completed
 
 
 def read_runs(rows: Iterable[Mapping[str, str]]) -> tuple[list[Run], Counter[tuple[str, str]]]:
@@ -761,7 +786,10 @@ def main() -> None:
     how_many = "runs of each source that correct the others, as evenly spaced in the file as can be; default: 0"
     parser.add_argument("--calibrate-on", metavar="N", type=int, default=0, help=how_many)
     parser.add_argument("--predictions", metavar="FILE.csv", type=Path, help="each row's, written there")
-    not_run = "runs that did not come to their end, with the same columns: how many are foretold not to fit"
+    not_run = (
+        "runs that did not come to their end: how many are foretold not to fit; with the same columns, or those of"
+    )
+    not_run += " a sweep's layouts, with model_label_b and nodes, all else as in RUNS.csv's runs of that size"
     parser.add_argument("--failed", metavar="FILE.csv", help=not_run)
     hidden = "sources are numbers, and notes empty: what to expect of a program of which nothing is known"
     parser.add_argument("--unnamed", action="store_true", help=hidden)
@@ -773,6 +801,8 @@ def main() -> None:
 
     def rows_of(path: str) -> list[dict[str, str]]:
         rows = read_rows(path)
+        if path != arguments.runs:
+            rows = like_those_that_ran(rows, read_rows(arguments.runs))
         for row in rows if arguments.unnamed else ():
             row |= {"source": numbers.setdefault(row.get("source", ""), f"{len(numbers) + 1}"), "notes": ""}
         return rows

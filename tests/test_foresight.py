@@ -582,6 +582,23 @@ def test_a_pipeline_with_a_stage_that_has_no_block_is_refused(tmp_path: Path) ->
         assert f"{refused} others have a stage of the pipeline with no block" in out, (source, stages)
 
 
+def test_failed_runs_of_a_sweep_may_say_their_layouts_alone(tmp_path: Path) -> None:
+    """Model and machine are those of the runs that have the size, of the source that has more of them."""
+    ran = LLAMA | dict(source="sweep", n_params_b="405.853", n_gpus="8192", measured_mem_gib="50", sp="")
+    other = ran | dict(source="other", n_layers="1")
+    layout = dict(tp="8", pp="4", micro_batch="1", vpp="", pp_schedule="1f1b")  # which does not fit
+    whole = ran | layout | dict(n_gpus="64", dp_kind="zero1", global_batch="32", measured_mem_gib="")
+    sweep = dict(model_label_b="405.85", nodes="8", dp="2", tp="8", pp="4", micro_batch="1", grad_accum="16", zero="1")
+    found = []
+    for kind, rows in (("whole", [whole]), ("sweep", [sweep, sweep | dict(model_label_b="8")])):
+        (tmp_path / kind).mkdir()
+        published(tmp_path / kind, *rows)
+        out = published(tmp_path, other, ran, ran, options=("--failed", str(tmp_path / kind / "runs.csv"))).stdout
+        found.append([line for line in out.splitlines() if line.startswith("failed: ")])
+    assert found[0] == found[1] and "failed: 1 are too large, inputs kept" in found[0]
+    assert "refused: 1 of no source: nothing is known of hardware ''" in out
+
+
 def test_what_a_row_says_of_its_messages_and_8_bits_counts(tmp_path: Path) -> None:
     ours = LLAMA | dict(source="torchtitan", n_gpus="8192", precision="fp8", compile="yes", dp_kind="fsdp", pp="1")
     of = {
