@@ -540,7 +540,7 @@ def read_rows(path: str) -> list[dict[str, str]]:
 
 
 def like_those_that_ran(failed: Iterable[dict[str, str]], ran: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """Of a sweep, rows that say of their model its size alone (model_label_b), and nodes in place of GPUs.
+    """Of a sweep, rows that say of their model its size alone (model_label_b), and of their GPUs the layout.
 
     All else is as in the runs of that size, of the source that has the most. Other rows stay as they are.
     """
@@ -550,18 +550,24 @@ def like_those_that_ran(failed: Iterable[dict[str, str]], ran: Sequence[Mapping[
         by_size.setdefault(f"{number(run, 'n_params_b') or 0:.2f}", run)
     completed = []
     for row in failed:
-        like, nodes = by_size.get(f"{number(row, 'model_label_b') or -1:.2f}"), number(row, "nodes")
-        if like and nodes and "hardware" not in row:
+        like = by_size.get(f"{number(row, 'model_label_b') or -1:.2f}")
+        if like and "hardware" not in row:
             model = {key: value for key, value in like.items() if not key.startswith("measured")}
             said = {key: row.get(key, "") for key in ("micro_batch", "grad_accum", "dp", "tp", "pp")}
-            said["n_gpus"] = f"{nodes * (number(model, 'gpus_per_node') or 8):g}"
-            said["global_batch"] = ""  # follows
+            said["n_gpus"] = said["global_batch"] = ""  # follow
             said["dp_kind"] = "zero1" if row.get("zero") == "1" else "ddp"
             said["sp"] = model.get("sp", "") if said["tp"] == model.get("tp") else ""
             said["pp_schedule"] = "" if said["pp"] == "1" else "1f1b"
             row = model | said
         completed.append(row)
     return completed
+
+
+def without_names(rows: Iterable[dict[str, str]]) -> None:
+    """Sources become numbers, and notes empty, in place."""
+    numbers: dict[str, str] = {}
+    for row in rows:
+        row |= {"source": numbers.setdefault(row.get("source", ""), f"{len(numbers) + 1}"), "notes": ""}
 
 
 def read_runs(rows: Iterable[Mapping[str, str]]) -> tuple[list[Run], Counter[tuple[str, str]]]:
@@ -786,10 +792,8 @@ def main() -> None:
     how_many = "runs of each source that correct the others, as evenly spaced in the file as can be; default: 0"
     parser.add_argument("--calibrate-on", metavar="N", type=int, default=0, help=how_many)
     parser.add_argument("--predictions", metavar="FILE.csv", type=Path, help="each row's, written there")
-    not_run = (
-        "runs that did not come to their end: how many are foretold not to fit; with the same columns, or those of"
-    )
-    not_run += " a sweep's layouts, with model_label_b and nodes, all else as in RUNS.csv's runs of that size"
+    not_run = "runs that did not come to their end: how many are foretold not to fit; with the same columns, or with"
+    not_run += " model_label_b and a layout alone, all else as in RUNS.csv's runs of that size"
     parser.add_argument("--failed", metavar="FILE.csv", help=not_run)
     hidden = "sources are numbers, and notes empty: what to expect of a program of which nothing is known"
     parser.add_argument("--unnamed", action="store_true", help=hidden)
@@ -797,17 +801,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if not 0 <= arguments.calibrate_on <= 1000:
         sys.exit(f"--calibrate-on = {arguments.calibrate_on}: give how many runs of each source, as 3")
-    numbers: dict[str, str] = {}  # of sources, in place of their names
-
-    def rows_of(path: str) -> list[dict[str, str]]:
-        rows = read_rows(path)
-        if path != arguments.runs:
-            rows = like_those_that_ran(rows, read_rows(arguments.runs))
-        for row in rows if arguments.unnamed else ():
-            row |= {"source": numbers.setdefault(row.get("source", ""), f"{len(numbers) + 1}"), "notes": ""}
-        return rows
-
-    runs, refused = read_runs(rows_of(arguments.runs))
+    rows = read_rows(arguments.runs)
+    failed_rows = [] if arguments.failed is None else like_those_that_ran(read_rows(arguments.failed), rows)
+    if arguments.unnamed:
+        without_names([*rows, *failed_rows])
+    runs, refused = read_runs(rows)
     if not runs:
         sys.exit("no row could be predicted: " + "; ".join(sorted({reason for _, reason in refused})))
     found, predictions = scores(runs, arguments.calibrate_on)
@@ -822,7 +820,7 @@ def main() -> None:
         )
         print(memory_in_words(runs))
     if arguments.failed is not None:
-        failed, not_read = read_runs(rows_of(arguments.failed))
+        failed, not_read = read_runs(failed_rows)
         needs = foretold_gib(failed)
         print(f"\nfailed: of {len(failed)} runs, of which nobody says why they failed,")
         for way, gib in needs.items():
