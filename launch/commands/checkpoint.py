@@ -99,7 +99,11 @@ def _export(arguments: argparse.Namespace) -> int:
 def _import(arguments: argparse.Namespace) -> int:
     run = arguments.to
     check_name("--to", run.name)
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+    try:
+        taken = run.exists() and (not run.is_dir() or any(run.iterdir()))
+    except OSError as error:
+        raise RecipeError("--to", str(run), f"cannot be read ({error.strerror}); give another") from None
+    if taken:
         raise RecipeError("--to", str(run), "exists; give another")
     from parallel.checkpoint.huggingface import import_weights
 
