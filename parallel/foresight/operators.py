@@ -25,7 +25,7 @@ def own_operators(w: Workload) -> Operators:
     passes = [n / w.n_microbatches for n in (w.forward_gathers, w.backward_gathers, w.reduce_scatters)]
     replicas = sharded * (w.dp_replicate > 1)
     ring, gathers, exchanges = _methods_of_context(w)
-    copies = exchanges * (w.n_kv_heads < w.cp * w.tp)  # of keys, for each rank one of its own
+    copies = exchanges * (exchanged_key_heads(w) > w.n_kv_heads)
     once = 1 * (w.n_microbatches > 1) * (w.recomputes == 0) * half * (1 - sharded)  # weights are cast once a step
 
     grouped = repeats_keys(w)
@@ -104,8 +104,8 @@ def context_bytes(w: Workload, *, tokens: Number) -> tuple[Number, Number]:
     backward = (20 - 2 * half) * pieces + 5 + 6 * half
     of_ring = 2 * e, 37 + (15 - 1.5 * half) * w.cp  # of each element of keys and values
     of_all = (2 + 5 * w.cp) * e, 14 + 3 * half + (40 - 4 * half) * w.cp  # put in order of the sequence and back
-    # Heads for tokens: each tensor is copied before a message and after it, a key for each rank that has its queries.
-    each_has = tokens * 2 * np.maximum(w.n_kv_heads / w.tp, w.cp) * w.head_dim
+    # Heads for tokens: each tensor is copied before a message and after it.
+    each_has = tokens * 2 * exchanged_key_heads(w) * w.head_dim / w.tp
     return (
         ring * (forward * queries + of_ring[0] * keys)
         + gathers * (forward * queries + of_all[0] * keys)
@@ -120,6 +120,11 @@ def _methods_of_context(w: Workload) -> tuple[Number, Number, Number]:
     """1 for the one that is used: a ring, gathered keys, heads for tokens."""
     several = 1 * (np.asarray(w.cp) > 1)
     return w.ring * several, (1 - w.ring) * (1 - w.all_to_all) * several, w.all_to_all * several
+
+
+def exchanged_key_heads(w: Workload) -> Number:
+    """Where heads are exchanged for tokens: keys of fewer heads than ranks are copied, so that each rank has some."""
+    return np.maximum(w.n_kv_heads, w.cp * w.tp)
 
 
 def repeats_keys(w: Workload) -> Number:

@@ -11,7 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from parallel.foresight.operators import Operators, context_bytes, own_bytes, own_operators, tables_of
+from parallel.foresight.operators import (
+    Operators,
+    context_bytes,
+    exchanged_key_heads,
+    own_bytes,
+    own_operators,
+    tables_of,
+)
 from parallel.foresight.workload import Number, Workload
 
 PARTS = (
@@ -332,11 +339,8 @@ def _block_messages(w: Workload, r: Rates, k: Constants, link: "Links", attentio
 
     per_head = w.element_bytes * _tokens(w) * 2 * w.head_dim / w.tp
     keys, among = per_head * w.n_kv_heads, {"ranks": w.cp, "stride": w.tp}
-    # Keys of fewer heads than ranks are sent as often as ranks need them.
-    exchanged_heads = w.n_heads + np.where(
-        w.own + r.synchronous > 0, np.maximum(w.n_kv_heads, w.cp * w.tp), w.n_kv_heads
-    )
-    exchanged = link.all_to_all(per_head * exchanged_heads / 2, **among, calls=2)
+    key_heads = np.where(np.maximum(w.own, r.synchronous) == 1, exchanged_key_heads(w), w.n_kv_heads)
+    exchanged = link.all_to_all(per_head * (w.n_heads + key_heads) / 2, **among, calls=2)
     gathered, passed = link.gather(keys * w.cp, **among), link.pass_on(keys, **among)
     scattered = link.scatter(keys * w.cp * 4 / w.element_bytes, **among)
     hidden = RING_HIDDEN * (1 - r.synchronous)
