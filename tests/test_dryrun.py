@@ -96,7 +96,7 @@ CASES = [
 def real_step(recipe: Recipe, peaks: set[int]) -> Measures:
     """The second step, or, where a rank's peak is none of `peaks`, the one with the least peak of up to five.
 
-    gloo's threads now and then keep a message a moment after it was waited for, so that a peak may be too high.
+    On a busy machine gloo's threads may keep a message longer than the tracker waits, so that a peak is too high.
     """
     engine = NativeEngine(recipe, mesh=build_mesh(recipe, "cpu"), device=CPU)
     parameters = [parameter for _, parameter in engine.named_parameters()]

@@ -173,7 +173,7 @@ def test_nothing_stays_after_the_region() -> None:
 def tracked_step(recipe: Recipe, model: Assembled, batch: tuple[Tensor, Tensor]) -> dict[str, int]:
     """The lowest peak of three steps after the first, which makes optimizer state and FSDP's buffers.
 
-    The lowest, for gloo's threads let go of a message's buffers a little after it has arrived, now and then too late.
+    The lowest, for on a busy machine gloo's threads may let go of a message later than the tracker waits for them.
     """
     parameters = [parameter for _, parameter in model.named_parameters()]
     optimizer = torch.optim.AdamW(parameters, fused=True)
