@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.recipe import Recipe, RecipeError
+from parallel.torch_private import one_thread_per_gloo_group
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 KEPT_BYTES, LARGEST_KEPT_BYTES = 2**31 - 1, 2**30
@@ -92,25 +93,26 @@ def process_group(recipe: Recipe) -> Iterator[tuple[torch.device, str | None]]:
         torch.cuda.set_device(device)
     else:
         _keep_freed_memory()
-    dist.init_process_group(
-        "nccl" if on_cuda else "gloo",
-        store=dist.PrefixStore("group", store) if store else dist.HashStore(),
-        rank=rank,
-        world_size=recipe.world_size,
-        timeout=timeout,
-        # Told its device, a group has all its messages on one stream, where what a stage waits for holds up what it
-        # sends: of a pipeline each pair of neighbours has a communicator of its own (pytorch/pytorch#175712).
-        device_id=device if on_cuda and recipe.parallel.pp == 1 else None,
-    )
-    try:
-        yield device, unused
-    except BaseException:
-        # NCCL ends a group only with all its ranks, and after kernels that may wait for ever for the one that raised.
-        # Whoever started this process ends it, and the error is told now.
-        if not on_cuda:
-            _leave_group()
-        raise
-    _leave_group()
+    with one_thread_per_gloo_group():
+        dist.init_process_group(
+            "nccl" if on_cuda else "gloo",
+            store=dist.PrefixStore("group", store) if store else dist.HashStore(),
+            rank=rank,
+            world_size=recipe.world_size,
+            timeout=timeout,
+            # Told its device, a group has all its messages on one stream, where what a stage waits for holds up what
+            # it sends: of a pipeline each pair of neighbours has a communicator of its own (pytorch/pytorch#175712).
+            device_id=device if on_cuda and recipe.parallel.pp == 1 else None,
+        )
+        try:
+            yield device, unused
+        except BaseException:
+            # NCCL ends a group only with all its ranks, and after kernels that may wait for ever for the one that
+            # raised. Whoever started this process ends it, and the error is told now.
+            if not on_cuda:
+                _leave_group()
+            raise
+        _leave_group()
 
 
 def _rendezvous(timeout: timedelta) -> tuple[dist.Store, int]:

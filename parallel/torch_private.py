@@ -4,6 +4,7 @@ A patch holds within its context manager alone.
 """
 
 import contextlib
+import os
 import sys
 import types
 import warnings
@@ -118,12 +119,37 @@ def no_cached_graphs() -> contextlib.AbstractContextManager[Any]:
     return functorch_config.patch(enable_autograd_cache=False)
 
 
-# ---- meshes --------------------------------------------------------------------------------------------------------
+# ---- groups and meshes -----------------------------------------------------------------------------------------------
 
 
 def silence_flattening() -> None:
     """FSDP2 itself slices the flattened dimension that it is given, and is then told that this will change."""
     warnings.filterwarnings("ignore", message="Slicing a flattened dim", category=UserWarning)
+
+
+@contextlib.contextmanager
+def one_thread_per_gloo_group() -> Iterator[None]:
+    """Within, a new gloo group has one thread for its collectives, where by default it has two.
+
+    When one is done, its thread notes the collective's name as the group's last, without a lock. A long one (that of a
+    reduce-scatter, ALLREDUCE_COALESCED) lies on the heap, where two threads that are done at once free it twice, or
+    write the next name into memory freed by the other: some time later malloc finds it, and the rank dies.
+    """
+
+    gloo: Any = dist.ProcessGroupGloo  # of which torch's stubs do not know all
+
+    def with_one_thread(init: Callable[..., None]) -> Callable[..., None]:
+        def make(group: Any, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
+            options = gloo._Options()
+            names = filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(","))
+            options._devices = [gloo.create_device(interface=name) for name in names] or [gloo.create_default_device()]
+            options._threads, options._timeout = 1, timeout
+            init(group, store, rank, size, options)
+
+        return make
+
+    with _wrapped(gloo, "__init__", with_one_thread):
+        yield
 
 
 def set_timeout(group: dist.ProcessGroup, *, seconds: float) -> None:

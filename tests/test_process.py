@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +21,7 @@ from parallel.mesh import build_mesh
 from parallel.process import choose_device, process_group
 from parallel.recipe import Recipe, RecipeError
 
+ROOT = Path(__file__).parents[1]
 Seen = list[str]  # the UUIDs of the GPUs that one rank sees; the letter is the model
 
 
@@ -140,3 +143,26 @@ def timeouts(recipe: Recipe) -> set[float]:
 def test_every_group_of_the_mesh_has_the_time_limit_of_the_run(ranks: Ranks) -> None:
     recipe = small_recipe("float32", parallel=dict(pp=2, tp=2), train=dict(micro_batch=4, time_limit_seconds=77.0))
     assert ranks(4, timeouts, recipe) == [{77.0}] * 4
+
+
+def test_a_group_has_one_thread_for_its_collectives() -> None:
+    """Two write the name of the last one over each other's, into freed memory."""
+    code = """
+from pathlib import Path
+import torch.distributed as dist
+from parallel.process import process_group
+from parallel.recipe import load_recipe
+
+def threads():
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    return names.count("pt_gloo_runloop")
+
+with process_group(load_recipe("recipes/strategies/ddp.toml", ["parallel.dp_replicate=1"])):
+    dist.barrier()  # a thread has its name when it has done something
+    of_the_run = threads()
+    another = dist.new_group()
+    dist.barrier(another)
+    print(of_the_run, threads())
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (ended.stdout, ended.returncode) == ("1 2\n", 0), ended.stderr
