@@ -4,7 +4,9 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-WAITING := tests/faults tests/slurm
+# What waits most of its time, or is one process at a time: two cores have room for it beside the ranks of the others.
+BESIDE := tests/faults tests/slurm \
+	$(patsubst %,tests/test_%.py,benchmarks calibrate foresight lecture page plan replay)
 # The first of these that is Python 3.11 or later.
 PYTHONS := python3 python3.13 python3.12 python3.11 python
 
@@ -25,12 +27,12 @@ test: setup  ## linters, types, and every test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@mkdir -p runs
-	@echo "$(WAITING) wait most of their time, and run beside the others, into runs/tests-waiting.log"
-	@$(BIN)/python -m pytest $(WAITING) --junit-xml=runs/tests-waiting.xml >runs/tests-waiting.log 2>&1 & waiting=$$!; \
-	trap 'kill $$waiting' INT TERM; \
-	$(BIN)/python -m pytest $(addprefix --ignore ,$(WAITING)) --junit-xml=runs/tests.xml; status=$$?; \
-	wait $$waiting || status=1; cat runs/tests-waiting.log; exit $$status
-	@echo "reports: $(CURDIR)/runs/tests.xml, $(CURDIR)/runs/tests-waiting.xml"
+	@echo "beside the others, into runs/tests-beside.log: $(BESIDE)"
+	@$(BIN)/python -m pytest $(BESIDE) --junit-xml=runs/tests-beside.xml >runs/tests-beside.log 2>&1 & beside=$$!; \
+	trap 'kill $$beside' INT TERM; \
+	$(BIN)/python -m pytest $(addprefix --ignore ,$(BESIDE)) --junit-xml=runs/tests.xml; status=$$?; \
+	wait $$beside || status=1; cat runs/tests-beside.log; exit $$status
+	@echo "reports: $(CURDIR)/runs/tests.xml, $(CURDIR)/runs/tests-beside.xml"
 
 test-long: setup  ## what `make test` leaves out: further cases of what it has tested
 	$(BIN)/python -m pytest -m long
