@@ -27,9 +27,10 @@ from typing import Any
 
 import torch
 
-# After so many calls ranks start afresh, in 2 s each: torch 2.11 never lets go of DTensor's strategies and what they
-# hold, and a call leaves threads of gloo behind.
-MOST_CALLS = 250
+# Ranks start afresh, in 2 s each, after so many calls, for torch 2.11 never lets go of DTensor's strategies and what
+# they hold; and with so many threads: other engines never let go of their groups, each of which looks 100 times a
+# second whether somebody has sent something.
+MOST_CALLS, MOST_THREADS = 250, 60
 CORES = Path(__file__).parents[1] / "runs" / "cores"
 
 
@@ -113,7 +114,7 @@ class Ranks:
     def _call(
         self, world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...], timeout_seconds: float
     ) -> list[Any]:
-        if self.n_calls % MOST_CALLS == MOST_CALLS - 1:
+        if self.n_calls % MOST_CALLS == MOST_CALLS - 1 or self._n_threads() > MOST_THREADS:
             self.close()
         self._grow(world_size)
         self.n_calls += 1
@@ -162,6 +163,11 @@ class Ranks:
             process.start()
             theirs.close()
             self.workers.append((process, ours, log))
+
+    def _n_threads(self) -> int:
+        """Of the rank that has most; 0 where the system does not say."""
+        tasks = [Path("/proc") / str(process.pid) / "task" for process, _, _ in self.workers]
+        return max((len(os.listdir(folder)) for folder in tasks if folder.is_dir()), default=0)
 
     def _log_tail(self, rank: int) -> str:
         return Path(self.workers[rank][2]).read_text(errors="replace")[-6000:]
