@@ -4,9 +4,10 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# What waits most of its time, or is one process at a time: two cores have room for it beside the ranks of the others.
+# What waits most of its time, or is mostly one process at a time: two cores have room for it beside the others' ranks.
 BESIDE := tests/faults tests/slurm \
-	$(patsubst %,tests/test_%.py,benchmarks calibrate foresight lecture page plan replay)
+	$(patsubst %,tests/test_%.py,benchmarks calibrate dashboard foresight launch lecture live page plan preflight \
+		replay restarts)
 # The first of these that is Python 3.11 or later.
 PYTHONS := python3 python3.13 python3.12 python3.11 python
 
