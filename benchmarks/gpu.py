@@ -40,7 +40,7 @@ from parallel.measure.record import environment, finite, read_records
 from parallel.mesh import build_mesh
 from parallel.proof import prove
 from parallel.recipe import Recipe, load_recipe
-from parallel.torch_private import fake_group
+from parallel.torch_private import fake_group, one_thread_per_gloo_group
 
 ROOT = Path(__file__).parents[1]
 CUDA = torch.cuda.is_available()
@@ -260,9 +260,10 @@ def proofs(n_ranks: int, settings: list[str], *, tiny: bool) -> dict[str, Any]:
 
 
 def proofs_of_rank(recipe: Recipe) -> NoReturn:
-    dist.init_process_group("gloo")
-    mesh = build_mesh(recipe, DEVICE.type)
-    parity = prove(recipe, corpus=corpus_of(recipe), mesh=mesh, device=DEVICE)
+    with one_thread_per_gloo_group():
+        dist.init_process_group("gloo")
+        mesh = build_mesh(recipe, DEVICE.type)
+        parity = prove(recipe, corpus=corpus_of(recipe), mesh=mesh, device=DEVICE)
     if dist.get_rank() == 0:
         print(json.dumps(finite(dataclasses.asdict(parity))), flush=True)
     dist.barrier()

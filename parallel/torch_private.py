@@ -135,7 +135,6 @@ def one_thread_per_gloo_group() -> Iterator[None]:
     reduce-scatter, ALLREDUCE_COALESCED) lies on the heap, where two threads that are done at once free it twice, or
     write the next name into memory freed by the other: some time later malloc finds it, and the rank dies.
     """
-
     gloo: Any = dist.ProcessGroupGloo  # of which torch's stubs do not know all
 
     def with_one_thread(init: Callable[..., None]) -> Callable[..., None]:
