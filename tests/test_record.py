@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -119,6 +120,11 @@ def test_the_environment_names_versions_and_hardware_but_no_person_host_or_folde
     private = [str(Path.home()), str(Path.cwd()), os.uname().nodename, os.environ.get("USER"), "hunter2-hunter2"]
     assert [word for word in private if word and word in text and len(word) > 4] == []
     assert "/" not in text.replace(str(found["cpu"]), "").replace(str(found["platform"]), "")
+
+
+def test_gpus_are_unknown_while_a_trackers_thread_imports_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
+    assert new_record(RECIPE)["environment"]["accelerators"] is None
 
 
 def test_labels_are_those_of_the_environment_and_a_reader_adds_none_of_its_own(

@@ -337,7 +337,7 @@ def test_no_secret_is_in_any_file_of_a_run_that_raises_or_is_done(
     settings = ["--set", "track.wandb=offline", "--set", "track.tensorboard=true"]
     for name in ("good", "spills"):
         code, out, err = lab.run(name, *settings)
-        assert code == (0 if name == "good" else 1)
+        assert code == (0 if name == "good" else 1), out + err
         assert not [value for value in SECRETS.values() if value in out + err]
     for rank in range(3):
         assert "***" in (lab.folder / f"runs/spills/logs/rank-{rank}.log").read_text()

@@ -236,6 +236,8 @@ def _accelerators() -> list[str] | None:
         return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else None
     except RuntimeError:  # the GPU whose failure is being recorded
         return None
+    except AttributeError:  # a tracker's thread is in the midst of importing it
+        return None
 
 
 def available_cores() -> int:
