@@ -61,7 +61,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "ddp, compiled": dict(model=TIED, parallel=dict(dp_replicate=2), train=dict(compile="aot_eager")),
 }
 STEPS, SAVED = 8, 5
-LONG = ("ddp · fsdp · tp", "fsdp · cp · tp", "pp · cp · tp")  # eight ranks on two cores
+LONG = (  # each has others here that are much like it
+    "ddp", "fsdp of three", "fsdp, recompute", "fsdp, loss in chunks", "tp", "tp, sp, groups recomputed", "all-gather",
+    "gpipe", "interleaved", "zero bubble", "zbv", "ddp · fsdp · tp", "fsdp · cp · tp", "pp · cp · tp",
+)  # fmt: skip
 
 
 def recipe_of(kind: dict[str, Any]) -> Recipe:

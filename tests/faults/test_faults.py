@@ -1,4 +1,4 @@
-"""A tenth of `make faults`: each kind of fault, under a strategy of each family; and ten kills in a row."""
+"""A sample of `make faults`: each kind of fault, under a strategy of each family; and five kills in a row."""
 
 import subprocess
 import sys
@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 from faults import KINDS, Watched, kills, meet, strategies, undisturbed
 
-# strategy -> kinds of fault, and the rank that meets them
-TENTH = {
+# strategy -> the rank that meets them, and kinds of fault
+SAMPLE = {
     "single": (0, ("SIGKILL", "full disk", "damaged pointer")),
     "ddp": (2, ("exit 0", "SIGUSR1", "out of memory")),
-    "hsdp": (3, ("NaN", "SIGKILL", "lost peers", "damaged checkpoint")),
-    "tp-sp": (0, ("exception", "SIGTERM", "damaged pointer", "straggler")),
-    "pp-zbv": (1, ("SIGKILL", "damaged checkpoint", "SIGTERM", "exit 0")),
-    "cp-ring": (3, ("lost store", "full disk", "exception")),
-    "pp-tp": (2, ("hang", "straggler", "SIGKILL", "NaN")),
+    "hsdp": (3, ("NaN", "SIGKILL", "lost peers")),
+    "tp-sp": (0, ("exception", "SIGTERM", "straggler")),
+    "pp-zbv": (1, ("hang", "damaged checkpoint")),
+    "cp-ring": (3, ("lost store", "full disk")),
 }
 
 
@@ -26,24 +25,23 @@ def starter() -> Iterator[Watched]:
         yield starter
 
 
-@pytest.mark.parametrize("strategy", TENTH)
+@pytest.mark.parametrize("strategy", SAMPLE)
 def test_a_fault_is_survived_to_the_digit_or_told(starter: Watched, tmp_path: Path, strategy: str) -> None:
     recipe = strategies()[strategy]
-    rank, kinds = TENTH[strategy]
+    rank, kinds = SAMPLE[strategy]
     expected = undisturbed(recipe, tmp_path / "undisturbed", starter)
     wrong = {kind: meet(kind, rank, recipe, tmp_path / kind, starter, expected) for kind in kinds}
     assert wrong == dict.fromkeys(kinds)
 
 
-def test_a_tenth_has_each_kind() -> None:
-    assert {kind for _, kinds in TENTH.values() for kind in kinds} == KINDS.keys()
-    assert sum(len(kinds) for _, kinds in TENTH.values()) >= len(strategies()) * len(KINDS) / 10 - 1
+def test_the_sample_has_each_kind() -> None:
+    assert {kind for _, kinds in SAMPLE.values() for kind in kinds} == KINDS.keys()
 
 
-def test_ten_kills_in_a_row_change_nothing(starter: Watched, tmp_path: Path) -> None:
-    came = kills(10, tmp_path, starter)
+def test_five_kills_in_a_row_change_nothing(starter: Watched, tmp_path: Path) -> None:
+    came = kills(5, tmp_path, starter)
     assert came["exact"] and came["left_running"] == [], came
-    assert came["kills"] == 10 and came["lives"] >= 11
+    assert came["kills"] == 5 and came["lives"] >= 6
 
 
 def test_the_harness_sees_a_run_that_is_not_the_same(starter: Watched, tmp_path: Path) -> None:

@@ -98,7 +98,8 @@ def test_a_job_that_a_higher_partition_preempts_goes_on_when_that_is_done(lab: L
     assert lab.slurm.job(job)["ExitCode"] == "0:0"
 
 
-@pytest.mark.parametrize("node", ["n2", "n1"])  # the second of the job, and the head, on which its script runs
+# The head of the job, on which its script runs, and its second node.
+@pytest.mark.parametrize("node", ["n1", pytest.param("n2", marks=pytest.mark.long)])
 def test_a_node_dies_amid_a_step_and_others_take_over(lab: Lab, losses: list[float], node: str) -> None:
     job = lab.submit("small.toml", *SAVING)["job"]
     lab.until("runs/small", past(12))
