@@ -4,6 +4,7 @@ A patch holds within its context manager alone.
 """
 
 import contextlib
+import functools
 import os
 import sys
 import types
@@ -134,14 +135,16 @@ def one_thread_per_gloo_group() -> Iterator[None]:
     When one is done, its thread notes the collective's name as the group's last, without a lock. A long one (that of a
     reduce-scatter, ALLREDUCE_COALESCED) lies on the heap, where two threads that are done at once free it twice, or
     write the next name into memory freed by the other: some time later malloc finds it, and the rank dies.
+
+    And all such groups of this process share a device for their connections, which has a thread of its own that wakes
+    100 times a second, whether there is something to do or not.
     """
     gloo: Any = dist.ProcessGroupGloo  # of which torch's stubs do not know all
 
     def with_one_thread(init: Callable[..., None]) -> Callable[..., None]:
         def make(group: Any, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
             options = gloo._Options()
-            names = filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(","))
-            options._devices = [gloo.create_device(interface=name) for name in names] or [gloo.create_default_device()]
+            options._devices = _gloo_devices(os.environ.get("GLOO_SOCKET_IFNAME", ""))
             options._threads, options._timeout = 1, timeout
             init(group, store, rank, size, options)
 
@@ -149,6 +152,13 @@ def one_thread_per_gloo_group() -> Iterator[None]:
 
     with _wrapped(gloo, "__init__", with_one_thread):
         yield
+
+
+@functools.cache
+def _gloo_devices(names: str) -> list[Any]:
+    gloo: Any = dist.ProcessGroupGloo
+    devices = [gloo.create_device(interface=name) for name in names.split(",") if name]
+    return devices or [gloo.create_default_device()]
 
 
 def set_timeout(group: dist.ProcessGroup, *, seconds: float) -> None:

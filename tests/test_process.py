@@ -146,7 +146,7 @@ def test_every_group_of_the_mesh_has_the_time_limit_of_the_run(ranks: Ranks) -> 
 
 
 def test_a_group_has_one_thread_for_its_collectives() -> None:
-    """Two write the name of the last one over each other's, into freed memory."""
+    """Two write the name of the last one over each other's, into freed memory. And all groups share one device."""
     code = """
 from pathlib import Path
 import torch.distributed as dist
@@ -155,14 +155,15 @@ from parallel.recipe import load_recipe
 
 def threads():
     names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
-    return names.count("pt_gloo_runloop")
+    return names.count("pt_gloo_runloop"), len(names)
 
 with process_group(load_recipe("recipes/strategies/ddp.toml", ["parallel.dp_replicate=1"])):
     dist.barrier()  # a thread has its name when it has done something
     of_the_run = threads()
     another = dist.new_group()
     dist.barrier(another)
-    print(of_the_run, threads())
+    of_two = threads()
+    print(of_the_run[0], of_two[0], of_two[1] - of_the_run[1])
 """
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert (ended.stdout, ended.returncode) == ("1 2\n", 0), ended.stderr
+    assert (ended.stdout, ended.returncode) == ("1 2 1\n", 0), ended.stderr
