@@ -28,8 +28,7 @@ from typing import Any
 import torch
 
 # Ranks start afresh, in a moment, after so many calls, for torch 2.11 never lets go of DTensor's strategies and what
-# they hold; and with so many threads: other engines never let go of their groups, each of which looks 100 times a
-# second whether somebody has sent something.
+# they hold; and with so many threads, for other engines never let go of their groups.
 MOST_CALLS, MOST_THREADS = 250, 40
 PRELOADED = ("pytest", "parallel.training", "torch.distributed.tensor.debug")
 CORES = Path(__file__).parents[1] / "runs" / "cores"
