@@ -30,7 +30,7 @@ import torch
 # Ranks start afresh, in a moment, after so many calls, for torch 2.11 never lets go of DTensor's strategies and what
 # they hold; and with so many threads, for other engines never let go of their groups.
 MOST_CALLS, MOST_THREADS = 250, 40
-PRELOADED = ("pytest", "parallel.training", "torch.distributed.tensor.debug")
+PRELOADED = ["ranks", "pytest", "parallel.training", "torch.distributed.tensor.debug"]
 CORES = Path(__file__).parents[1] / "runs" / "cores"
 
 
@@ -155,7 +155,7 @@ class Ranks:
     def _grow(self, world_size: int) -> None:
         # Forked from one process that has imported everything: ranks that import it themselves take 2 s of a core each.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["ranks", *PRELOADED])
+        context.set_forkserver_preload(PRELOADED)
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # what is forked must have one thread
             os.environ.setdefault(name, "1")
         while len(self.workers) < world_size:

@@ -4,6 +4,7 @@ Each case also doubles one gradient on one rank afterwards, and must be found ou
 """
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ def case_of(**sections: dict[str, Any]) -> Any:
     return case(",".join(words), **sections)
 
 
-def one_of_two(*cases: Any) -> list[Any]:
+def one_of_two(cases: Iterable[Any]) -> list[Any]:
     """Of each two neighbours one; the others are left to `make test-long`.
 
     Not the same one throughout: in a product, no value of its last factor is always left out.
@@ -67,8 +68,8 @@ DATA = [
     case("hsdp, zero2", parallel=dict(dp_replicate=2, dp_shard=2), sharding=dict(reshard_after_forward=False)),
 ]
 
-RECOMPUTE = one_of_two(
-    *(
+RECOMPUTE = [
+    *one_of_two(
         case_of(parallel=parallel, recompute=recompute)
         for parallel, recompute in itertools.product(
             (dict(dp_replicate=2), dict(dp_shard=2), dict(tp=2), dict(cp=2)),
@@ -76,17 +77,17 @@ RECOMPUTE = one_of_two(
         )
     ),
     case_of(parallel=dict(dp_shard=2, tp=2), recompute=dict(mode="selective", save=["attention"])),
-)
+]
 
 TENSOR = [
-    *one_of_two(*(
+    *one_of_two(
         case_of(parallel=dict(tp=2), tensor=dict(sequence_parallel=sp, loss_parallel=lp), model=model)
         for sp, lp, model in itertools.product(
             (False, True),
             (False, True),
             (dict(vocab_size=68), dict(vocab_size=67), dict(tied_embeddings=True, vocab_size=67)),
         )
-    )),
+    ),
     case("tp 4, one kv head each", parallel=dict(tp=4), model=dict(n_kv_heads=4, vocab_size=70)),
     case("tp 3", parallel=dict(tp=3), model=dict(d_model=36, n_heads=6, n_kv_heads=3, vocab_size=67),
          train=dict(seq_len=15)),
@@ -100,20 +101,23 @@ TENSOR = [
 ]  # fmt: skip
 
 CONTEXT = one_of_two(
-    *(
-        case_of(parallel=dict(cp=cp), context=dict(method=method), model=dict(n_kv_heads=kv))
-        for cp, method, kv in itertools.product((2, 4), ("ring", "all-gather", "ulysses"), (1, 4))
-    ),
-    *(
-        case_of(parallel=parallel, context=dict(method=method), train=dict(micro_batch=2))
-        for parallel, method in itertools.product(
-            (dict(dp_shard=2, cp=2), dict(dp_replicate=2, cp=2), dict(cp=2, tp=2)), ("ring", "all-gather", "ulysses")
-        )
-    ),
+    [
+        *(
+            case_of(parallel=dict(cp=cp), context=dict(method=method), model=dict(n_kv_heads=kv))
+            for cp, method, kv in itertools.product((2, 4), ("ring", "all-gather", "ulysses"), (1, 4))
+        ),
+        *(
+            case_of(parallel=parallel, context=dict(method=method), train=dict(micro_batch=2))
+            for parallel, method in itertools.product(
+                (dict(dp_shard=2, cp=2), dict(dp_replicate=2, cp=2), dict(cp=2, tp=2)),
+                ("ring", "all-gather", "ulysses"),
+            )
+        ),
+    ]
 )
 
 PIPELINE = [
-    *one_of_two(*(
+    *one_of_two(
         case_of(pipeline=dict(schedule=schedule), parallel=parallel, train=dict(micro_batch=micro_batch), model=model)
         for schedule in SCHEDULES
         for parallel, micro_batch, model in (
@@ -121,20 +125,20 @@ PIPELINE = [
             (dict(pp=2), 1, dict(n_layers=5, tied_embeddings=True)),
             (dict(pp=4), 1, dict(n_layers=9)),
         )
-    )),
+    ),
     case("three stages a rank", parallel=dict(pp=2), pipeline=dict(schedule="interleaved-1f1b", stages_per_rank=3),
          model=dict(n_layers=7), train=dict(micro_batch=1)),
 ]  # fmt: skip
 
 MIXES = [
-    *one_of_two(*(
+    *one_of_two(
         case_of(parallel=parallel, pipeline=dict(schedule=schedule), sharding=whole_weights(schedule),
                 train=dict(micro_batch=1, global_batch=16),
                 model=dict(n_layers=5, tied_embeddings=True, vocab_size=67))
         for schedule in SCHEDULES
         for parallel in (dict(pp=2, dp_shard=2), dict(pp=2, dp_replicate=2), dict(pp=2, dp_shard=2, tp=2))
-    )),
-    *one_of_two(*(
+    ),
+    *one_of_two(
         case_of(parallel=parallel, recompute=dict(mode=recompute), train=dict(micro_batch=1))
         for parallel in (
             dict(dp_replicate=2, dp_shard=2, tp=2),
@@ -147,7 +151,7 @@ MIXES = [
             dict(dp_replicate=2, dp_shard=2, cp=2),
         )
         for recompute in ("none", "full")
-    )),
+    ),
     case("pp4·tp2, zbv", parallel=dict(pp=4, tp=2), pipeline=dict(schedule="zbv"), train=dict(micro_batch=1),
          model=dict(n_layers=8)),
     case("pp2·fsdp2·cp2, zbv, ulysses", parallel=dict(pp=2, dp_shard=2, cp=2), pipeline=dict(schedule="zbv"),
@@ -177,12 +181,12 @@ LOSS_CHUNKS = [
 ] + [
     case("loss_chunks, hsdp, accumulation", parallel=dict(dp_replicate=2, dp_shard=2),
          train=dict(loss_chunks=5, micro_batch=1)),
-] + one_of_two(*(
+] + one_of_two(
     case_of(pipeline=dict(schedule=schedule), sharding=whole_weights(schedule), parallel=parallel,
             train=dict(loss_chunks=3, micro_batch=1), model=dict(n_layers=5, tied_embeddings=True, vocab_size=67))
     for schedule in SCHEDULES
     for parallel in (dict(pp=2), dict(pp=2, dp_shard=2, tp=2))
-))  # fmt: skip
+)  # fmt: skip
 
 
 COMPILE = [

@@ -1,4 +1,4 @@
-"""A sample of `make faults`: each kind of fault, under a strategy of each family; and five kills in a row."""
+"""A sample of `make faults`: each kind of fault, under a strategy of each family (no mix); and five kills in a row."""
 
 import subprocess
 import sys
